@@ -1,0 +1,119 @@
+"""The cast onto a format's grid, as float32 bit arithmetic.
+
+Nothing here converts to a narrow dtype: Inductor drops pairs of conversions inside a fused kernel, while arithmetic on
+bits stays. No step makes a float32 subnormal either (formats with 8 exponent bits apart, which are cast by integers
+alone), so the result does not depend on a device's or thread's flush-to-zero mode.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from .formats import FloatFormat
+from .primitives import Primitives, Value, wrap_int32
+
+SCALES = ("floor", "ceil", None)
+
+_SIGN = wrap_int32(0x80000000)
+_MAGNITUDE = 0x7FFFFFFF
+_EXPONENT = 0x7F800000
+_FRACTION = 0x007FFFFF
+_NAN = 0x7FC00000
+
+
+def float32_bits(value: float) -> int:
+    """The bits of a non-negative float32 value as an int."""
+    return int(struct.unpack("<I", struct.pack("<f", value))[0])
+
+
+def scale_exponent_range(fmt: FloatFormat) -> tuple[int, int]:
+    """Smallest and largest exponent of a block scale.
+
+    From below, the grid's smallest value stays at or above 2**-124, a normal float32; from above, its largest value
+    stays finite. Blocks whose maximum is so small (2**-107 for fp8_e4m3) use the lower part of the grid.
+    """
+    return max(-126, -124 - (fmt.emin - fmt.mantissa_bits)), min(126, 127 - fmt.emax)
+
+
+def needs_block_maximum(fmt: FloatFormat, scale: str | None, noise: str) -> bool:
+    """Whether the block maximum enters the result: for the scale, or for the amplitude of noise."""
+    return noise != "none" or (scale is not None and fmt.scaled)
+
+
+def scale_bits(p: Primitives, amax: Value, fmt: FloatFormat, scale: str) -> Value:
+    """Bits of the block scale X, a power of two (an int32 with only exponent bits).
+
+    Args:
+        p: the operations to write it in.
+        amax: float32 block maximum of ``|w|``.
+        fmt: the element format.
+        scale: ``"floor"``, ``2**(floor(log2 amax) - emax)`` (OCP MX v1.0, section 6.3), or ``"ceil"``, the smallest
+            power of two with ``amax / X <= max``.
+    """
+    bits = p.float_bits(amax)
+    if scale == "ceil":
+        # Carry into the exponent when the block maximum's fraction is above the format maximum's.
+        bits = p.iadd(bits, _FRACTION - (float32_bits(fmt.max) & _FRACTION))
+    low, high = scale_exponent_range(fmt)
+    exponent = p.isub(p.iand(bits, _EXPONENT), fmt.emax << 23)
+    return p.imin(p.imax(exponent, (low + 127) << 23), (high + 127) << 23)
+
+
+def cast(p: Primitives, y: Value, amax: Value | None, fmt: FloatFormat, scale: str | None) -> Value:
+    """Round ``y`` to the nearest value of the block's grid: ties to even, subnormals kept, saturating.
+
+    Args:
+        p: the operations to write it in.
+        y: float32.
+        amax: float32 block maximum, or None where `needs_block_maximum` says no.
+        fmt: the element format.
+        scale: see `scale_bits`; None for X = 1.
+
+    Returns:
+        float32 on the grid. NaN wherever ``amax`` is NaN or Inf; without ``amax``, where ``y`` is.
+    """
+    if fmt.scaled and scale is not None:
+        x_bits = scale_bits(p, amax, fmt, scale)
+        inverse = p.bits_float(p.isub(254 << 23, x_bits))
+        q = p.float_bits(p.fmul(y, inverse))
+    else:
+        x_bits = 127 << 23
+        q = p.float_bits(y)
+    magnitude = p.iand(q, _MAGNITUDE)
+    rounded = _round_scaled(p, magnitude, fmt) if fmt.scaled else _round_wide(p, magnitude, fmt.mantissa_bits)
+    rounded = p.imin(rounded, float32_bits(fmt.max))
+    if amax is None:
+        rounded = p.iselect(p.ilt(magnitude, _EXPONENT), rounded, _NAN)
+        return p.bits_float(p.ior(rounded, p.iand(q, _SIGN)))
+    signed = p.bits_float(p.ior(rounded, p.iand(q, _SIGN)))
+    # A block with a NaN or an Inf becomes NaN as a whole.
+    finite = p.ilt(p.iand(p.float_bits(amax), _MAGNITUDE), _EXPONENT)
+    x = p.bits_float(p.iselect(finite, x_bits, _NAN))
+    return p.fmul(signed, x)
+
+
+def _round_scaled(p: Primitives, magnitude: Value, fmt: FloatFormat) -> Value:
+    """Round the bits of ``|y| / X``: adding and subtracting ``c = 2**(e + 23 - M)`` leaves M bits behind exponent e.
+
+    ``e`` is that of the value, not below the format's smallest normal exponent. Both sums stay below ``2 c`` because
+    ``M <= 22``; they are saturated first, so ``c`` does not overflow.
+    """
+    m = fmt.mantissa_bits
+    smallest = float32_bits(fmt.min_normal)
+    magnitude = p.imin(magnitude, float32_bits(fmt.max))
+    if m == 23:  # float32's own precision: only what lies below the smallest normal value is rounded
+        c = p.fselect(p.ilt(magnitude, smallest), fmt.min_normal, 0.0)
+    else:
+        exponent = p.imax(p.iand(magnitude, _EXPONENT), smallest)
+        c = p.bits_float(p.iadd(exponent, (23 - m) << 23))
+    return p.float_bits(p.fsub(p.fadd(p.bits_float(magnitude), c), c))
+
+
+def _round_wide(p: Primitives, magnitude: Value, m: int) -> Value:
+    """Round the bits of ``|y|`` to M mantissa bits at float32's own exponents, subnormals included."""
+    drop = 23 - m
+    if drop == 0:
+        return magnitude
+    odd = p.iand(p.ishr(magnitude, drop), 1)
+    up = p.iadd(p.iadd(magnitude, (1 << (drop - 1)) - 1), odd)
+    return p.iand(up, wrap_int32(-(1 << drop)))

@@ -1,0 +1,169 @@
+"""The settings of a backend: a frozen, validated `Config`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .cast import SCALES
+from .formats import FloatFormat
+from .noise import NOISES
+
+Scale = Literal["floor", "ceil"] | None
+Noise = Literal["rounded_normal", "uniform", "none"]
+Resample = Literal["step", "forward"]
+Backward = Literal["save", "recompute"]
+Inner = str | Callable[..., Any]
+
+DEFAULT_EXCLUDE = (
+    "lm_head.*",
+    "*.lm_head.*",
+    "embed_out.*",
+    "*.embed_out.*",
+    "head.weight",
+    "*.head.weight",
+    "output.weight",
+    "*.output.weight",
+    "score.weight",
+    "*.score.weight",
+    "classifier.weight",
+    "*.classifier.weight",
+    "gate.weight",
+    "*.gate.weight",
+    "*router*",
+)
+"""Names left alone by default: output heads and the routers of expert mixtures."""
+
+INNERS = ("inductor", "aot_eager", "eager")
+
+
+@dataclass(frozen=True)
+class LearnedBits:
+    """Bit widths learned with the weights, one per block (arXiv 2505.11170, equation for b).
+
+    Args:
+        init: bit width at the start.
+        target: bit width that the bit loss pulls towards.
+
+    Raises:
+        ValueError: a width outside 2..24.
+    """
+
+    init: float = 6.0
+    target: float = 4.0
+
+    def __post_init__(self) -> None:
+        _check_bits("LearnedBits.init", self.init)
+        _check_bits("LearnedBits.target", self.target)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides how a graph is rewritten; `gws_compile.backend` documents each field."""
+
+    fmt: FloatFormat
+    noise: Noise = "rounded_normal"
+    bits: float = 0.0
+    block: tuple[int, int] = (32, 32)
+    scale: Scale = "floor"
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = DEFAULT_EXCLUDE
+    seed: int = 0
+    resample: Resample = "step"
+    backward: Backward = "save"
+    inner: Inner = "inductor"
+    strict: bool = False
+
+    @staticmethod
+    def make(
+        fmt: str | FloatFormat = "fp8_e4m3",
+        *,
+        noise: Noise = "rounded_normal",
+        bits: float | LearnedBits | None = None,
+        block: tuple[int, int] = (32, 32),
+        scale: Scale = "floor",
+        include: str | Iterable[str] | None = None,
+        exclude: str | Iterable[str] | None = DEFAULT_EXCLUDE,
+        seed: int = 0,
+        resample: Resample = "step",
+        backward: Backward = "save",
+        inner: Inner = "inductor",
+        strict: bool = False,
+    ) -> Config:
+        """Check every argument and build the configuration.
+
+        Raises:
+            ValueError: a bad value; the message names it and what is accepted.
+            NotImplementedError: ``bits=LearnedBits(...)``.
+        """
+        fmt = FloatFormat.parse(fmt)
+        _check_choice("noise", noise, NOISES)
+        _check_choice("scale", scale, SCALES)
+        _check_choice("resample", resample, ("step", "forward"))
+        _check_choice("backward", backward, ("save", "recompute"))
+        if isinstance(bits, LearnedBits):
+            raise NotImplementedError("learned bit widths (bits=LearnedBits(...)) are not built yet; give a number")
+        if bits is None:
+            bits = fmt.noise_bits
+        if not (isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**64):
+            raise ValueError(f"seed must be an int in 0 .. 2**64 - 1, got {seed!r}")
+        if not (callable(inner) or (isinstance(inner, str) and inner in INNERS)):
+            raise ValueError(f"inner must be one of {', '.join(map(repr, INNERS))} or a callable, got {inner!r}")
+        if not isinstance(strict, bool):
+            raise ValueError(f"strict must be True or False, got {strict!r}")
+        return Config(
+            fmt=fmt,
+            noise=noise,
+            bits=_check_bits("bits", bits),
+            block=check_block(block),
+            scale=scale,
+            include=None if include is None else _patterns("include", include),
+            exclude=_patterns("exclude", exclude or ()),
+            seed=seed,
+            resample=resample,
+            backward=backward,
+            inner=inner,
+            strict=strict,
+        )
+
+
+def _check_choice(name: str, value: object, accepted: Iterable[object]) -> None:
+    choices = tuple(accepted)
+    if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_bits(name: str, value: object) -> float:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not 2 <= value <= 24
+        or not math.isfinite(value)
+    ):
+        raise ValueError(f"{name} must be a number from 2 to 24, got {value!r}")
+    return float(value)
+
+
+def check_block(block: object) -> tuple[int, int]:
+    """A block shape as two positive ints.
+
+    Raises:
+        ValueError: anything else.
+    """
+    sides = tuple(block) if isinstance(block, (tuple, list)) else ()
+    if len(sides) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sides):
+        raise ValueError(f"block must be two positive ints (rows, columns), such as (32, 32), got {block!r}")
+    return sides[0], sides[1]
+
+
+def _patterns(name: str, value: str | Iterable[str]) -> tuple[str, ...]:
+    patterns = (value,) if isinstance(value, str) else value
+    if not isinstance(patterns, Iterable):
+        raise ValueError(f"{name} must be a glob or a list of globs on weight names, got {value!r}")
+    patterns = tuple(patterns)
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not pattern:
+            raise ValueError(f"{name} takes globs on weight names, such as '*.mlp.*', got {pattern!r}")
+    return patterns

@@ -1,0 +1,90 @@
+"""Counter-based noise: a random word for each (key, step, element), and the laws drawn from it.
+
+The random word of element ``i`` of a weight is ``triple32(i)`` with the weight's two key words fed in before and after
+the first multiplication:
+
+    k0 = key[0] + step * 0x9E3779B9          k1 = key[1] + step * 0xBB67AE85        (mod 2**32)
+    x = i ^ k0;  x ^= x >> 17;  x *= 0xED5AD4BB;  x ^= k1
+    x ^= x >> 11;  x *= 0xAC4C1B51;  x ^= x >> 15;  x *= 0x31848BAB;  x ^= x >> 14
+
+`triple32` is the three-round 32-bit mixer that C. Wellons found by search (hash-prospector, 2018,
+https://github.com/skeeto/hash-prospector); the two Weyl constants are those of Philox's key schedule (Salmon et al.,
+"Parallel random numbers: as easy as 1, 2, 3", SC 2011). Feeding the second key word in behind the first round keeps two
+weights (or steps) whose first words differ little from drawing shifted copies of one another's noise.
+
+All of it is 32-bit integer arithmetic, so every device and every rank draws the same bits.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from .primitives import Primitives, Value, wrap_int32
+
+NOISES = ("rounded_normal", "uniform", "none")
+
+WEYL = (wrap_int32(0x9E3779B9), wrap_int32(0xBB67AE85))
+_ROUND = (wrap_int32(0xED5AD4BB), wrap_int32(0xAC4C1B51), wrap_int32(0x31848BAB))
+_SIGN = wrap_int32(0x80000000)
+
+# P(|round(N(0,1) / 2)| >= k) = P(|N| >= 2k - 1) = erfc((2k - 1) / sqrt 2), in units of 2**-31; k = 4 is 2.6e-12 and
+# has no word left. Written out, since a libm may differ in the last digit of erfc; a test checks them.
+TAIL_COUNTS = (681419127, 5797768, 1231)
+
+
+def random_word(p: Primitives, index: Value, key: tuple[Value, Value], step: Value) -> Value:
+    """The 32 random bits of an element.
+
+    Args:
+        p: the operations to write it in.
+        index: int32, the element's index in the whole weight, row-major, mod 2**32.
+        key: two int32 words of the weight.
+        step: int32, the draw's number.
+
+    Returns:
+        int32, uniform over all 2**32 words.
+    """
+    k0 = p.iadd(key[0], p.imul(step, WEYL[0]))
+    k1 = p.iadd(key[1], p.imul(step, WEYL[1]))
+    x = p.ixor(index, k0)
+    x = p.imul(p.ixor(x, p.ishr(x, 17)), _ROUND[0])
+    x = p.ixor(x, k1)
+    x = p.imul(p.ixor(x, p.ishr(x, 11)), _ROUND[1])
+    x = p.imul(p.ixor(x, p.ishr(x, 15)), _ROUND[2])
+    return p.ixor(x, p.ishr(x, 14))
+
+
+def add_noise(p: Primitives, noise: str, w: Value, amax: Value, bits: float, word: Value, enabled: Value) -> Value:
+    """``w + R * a * 2**(1 - b)`` with R drawn from the word.
+
+    Args:
+        p: the operations to write it in.
+        noise: ``"rounded_normal"``: R = round(N(0,1) / 2), whose law is exact to 2**-31 (arXiv 2505.11170, and
+            `TAIL_COUNTS` above). ``"uniform"``: R = U(-1/2, 1/2), on the odd multiples of 2**-25 (DiffQ, Defossez et
+            al. 2021, arXiv 2104.09987).
+        w: float32 weight.
+        amax: float32 block maximum a.
+        bits: bit width b.
+        word: int32 from `random_word`: the top bit is the sign of R, the others its magnitude.
+        enabled: int32, -1 to draw, 0 to leave ``w`` untouched.
+
+    Returns:
+        float32; bit for bit ``w`` where R is 0.
+    """
+    (factor,) = struct.unpack("<f", struct.pack("<f", 2.0 ** (1.0 - bits)))
+    amplitude = p.fmul(amax, factor)
+    magnitude = p.iand(word, 0x7FFFFFFF)
+    if noise == "rounded_normal":
+        one, two, three = TAIL_COUNTS
+        hit = p.ilt(magnitude, p.iand(enabled, one))
+        r = p.fselect(p.ilt(magnitude, three), 3.0, p.fselect(p.ilt(magnitude, two), 2.0, 1.0))
+    elif noise == "uniform":
+        hit = p.ilt(enabled, 0)
+        r = p.fmul(p.to_float(p.iadd(p.imul(p.ishr(magnitude, 8), 2), 1)), 2.0**-25)
+    else:
+        raise AssertionError(noise)
+    # The sign goes on as a bit, not as a factor: nothing a compiler could contract with the addition into a fused
+    # multiply-add, which would round differently from the eager kernel.
+    shift = p.float_bits(p.fmul(r, amplitude))
+    shift = p.bits_float(p.ior(shift, p.iand(word, _SIGN)))
+    return p.fselect(hit, p.fadd(w, shift), w)

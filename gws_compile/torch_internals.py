@@ -1,0 +1,215 @@
+"""Every private torch API that the project touches, in one place.
+
+Checked on torch 2.11, 2.12 and 2.13. Each function says what it relies on; where that is missing the error names it and
+the versions, instead of a stack of torch's own frames.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import fx
+
+CHECKED_VERSIONS = "2.11 to 2.13"
+
+
+class UnsupportedTorchError(RuntimeError):
+    """A private torch API is not where the checked versions have it."""
+
+
+def _find(module: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        raise UnsupportedTorchError(
+            f"gws_compile uses {module}.{name}, which torch {torch.__version__} does not have; "
+            f"it was checked on torch {CHECKED_VERSIONS}"
+        ) from None
+
+
+# --- Dynamo's graphs -------------------------------------------------------------------------------------------------
+
+
+def placeholder_source(node: fx.Node) -> str | None:
+    """Where Dynamo read a graph input from, such as ``L['self']._modules['fc']._parameters['weight']``; None if unknown.
+
+    Relies on ``node._dynamo_source`` (kept under DDP's graph splitting) and ``meta["grapharg"].source``.
+    """
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        source = getattr(node.meta.get("grapharg"), "source", None)
+    if source is None:
+        return None
+    name = getattr(source, "name", None)
+    return name() if callable(name) else name
+
+
+def add_placeholder(graph: fx.Graph, name: str, example_value: object) -> fx.Node:
+    """Append an input that Dynamo knows nothing of, behind the last placeholder.
+
+    Relies on AOTAutograd taking ``_dynamo_source = None`` for an input without a source.
+    """
+    last = [n for n in graph.nodes if n.op == "placeholder"]
+    where = graph.inserting_after(last[-1]) if last else graph.inserting_before(next(iter(graph.nodes)))
+    with where:
+        node = graph.placeholder(name)
+    node.meta["example_value"] = example_value
+    node._dynamo_source = None  # type: ignore[attr-defined]
+    return node
+
+
+def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose graph may be changed: new nodes, same submodules and attributes, Dynamo's metadata carried over.
+
+    Relies on ``GraphModule.meta``, ``_param_name_to_source`` and each placeholder's ``_dynamo_source``.
+    """
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, mapping)
+    old_output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    graph.output(output).meta.update(old_output.meta)
+    for old, new in mapping.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    graph._codegen = gm.graph._codegen
+    copied = fx.GraphModule(gm, graph)
+    copied.meta = dict(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):
+        copied._param_name_to_source = gm._param_name_to_source
+    return copied
+
+
+def checkpoint_body(node: fx.Node) -> fx.Node | None:
+    """The ``get_attr`` of the body that an activation-checkpoint node calls; None for every other node."""
+    tag = _find("torch._higher_order_ops.wrap", "tag_activation_checkpoint")
+    if node.op == "call_function" and node.target is tag:
+        body = node.args[0]
+        assert isinstance(body, fx.Node)
+        return body
+    return None
+
+
+def is_higher_order(node: fx.Node) -> bool:
+    """Whether a node calls a higher-order operator (its graph lies in a submodule)."""
+    return isinstance(node.target, _find("torch._ops", "HigherOrderOperator"))
+
+
+def example_value(node: fx.Node) -> Any:
+    """The fake value that Dynamo computed for a node; None if it has none."""
+    return node.meta.get("example_value")
+
+
+def is_fake(value: object) -> bool:
+    """Whether a tensor is a FakeTensor: DDP's graph splitting calls the compiled function with such while compiling."""
+    return isinstance(value, _find("torch._subclasses.fake_tensor", "FakeTensor"))
+
+
+def fake_like(value: torch.Tensor, example: object) -> object:
+    """A fake form of ``value`` in the mode of ``example``, for a placeholder's metadata; ``value`` where there is no mode.
+
+    Relies on ``FakeTensor.fake_mode``.
+    """
+    mode = getattr(example, "fake_mode", None)
+    return mode.from_tensor(value, static_shapes=True) if mode is not None else value
+
+
+def mark_recompute(node: fx.Node, group: int) -> None:
+    """Have the partitioner compute the node again in backward instead of saving it.
+
+    Relies on ``meta["recompute"]`` and ``meta["ac_graph_id"]`` as activation checkpointing sets them.
+    """
+    policy = _find("torch.utils.checkpoint", "CheckpointPolicy")
+    node.meta["recompute"] = policy.MUST_RECOMPUTE
+    node.meta["ac_graph_id"] = group
+
+
+def trace_artifact(name: str, text: str) -> None:
+    """Add a text to torch's structured trace (``TORCH_TRACE``), which tlparse shows."""
+    trace_structured = _find("torch._logging", "trace_structured")
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: text)
+
+
+def inside_backward() -> bool:
+    """Whether the autograd engine is running in this thread: a forward seen now is a recomputation."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+# --- Compilers behind the rewrite --------------------------------------------------------------------------------------
+
+
+def inductor_compile(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None, options: dict[str, Any] | None
+) -> Callable[..., Any]:
+    """Compile with Inductor, as ``torch.compile(mode=, options=)`` would."""
+    wrapper = _find("torch", "_TorchCompileInductorWrapper")
+    compiled: Callable[..., Any] = wrapper(mode, options, None)(gm, list(example_inputs))
+    return compiled
+
+
+def named_compile(name: str, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Compile with one of Dynamo's own backends, by name."""
+    compiled: Callable[..., Any] = _find("torch._dynamo", "lookup_backend")(name)(gm, list(example_inputs))
+    return compiled
+
+
+# --- Inductor's lowering ---------------------------------------------------------------------------------------------
+
+
+@cache
+def inductor() -> SimpleNamespace:
+    """What a lowering is written with; imports Inductor on first use.
+
+    Relies on ``virtualized.ops``, ``ir.Pointwise``, ``lowering.register_lowering`` and the lowering of ``aten.amax``.
+    """
+    sympy = importlib.import_module("sympy")
+    ops = _find("torch._inductor.virtualized", "ops")
+    floordiv = _find("torch.utils._sympy.functions", "FloorDiv")
+    modular = _find("torch.utils._sympy.functions", "ModularIndexing")
+    lowerings = _find("torch._inductor.lowering", "lowerings")
+    register = _find("torch._inductor.lowering", "register_lowering")
+
+    def product(sizes: Sequence[Any]) -> Any:
+        total: Any = sympy.S.One
+        for n in sizes:
+            total = total * n
+        return total
+
+    def unflatten(index: Any, sizes: Sequence[Any]) -> list[Any]:
+        """A row-major index into dims of these sizes -> one index per dim."""
+        if len(sizes) <= 1:
+            return [index] * len(sizes)
+        result = []
+        for i, n in enumerate(sizes):
+            stride = product(sizes[i + 1 :])
+            result.append(floordiv(index, stride) if i == 0 else modular(index, stride, n))
+        return result
+
+    def linear_int32(index: Sequence[Any], sizes: Sequence[Any], numel: Any) -> Any:
+        """The row-major element index, mod 2**32, as an int32 value."""
+        total: Any = 0
+        for i, n in zip(index, sizes, strict=True):
+            total = total * n + i
+        if numel < 2**31:
+            return ops.index_expr(total, torch.int32)
+        return ops.to_dtype(ops.index_expr(total, torch.int64), torch.int32, src_dtype=torch.int64)
+
+    def register_lowering(op: Any, fn: Callable[..., Any]) -> None:
+        if op not in lowerings:
+            register(op, type_promotion_kind=None)(fn)
+
+    return SimpleNamespace(
+        ops=ops,
+        Pointwise=_find("torch._inductor.ir", "Pointwise"),
+        amax=lambda x, dims: lowerings[torch.ops.aten.amax.default](x, dims),
+        floordiv=lambda a, b: floordiv(sympy.sympify(a), sympy.Integer(b)),
+        ceildiv=lambda a, b: floordiv(sympy.sympify(a) + (b - 1), sympy.Integer(b)),
+        product=product,
+        unflatten=unflatten,
+        linear_int32=linear_int32,
+        register_lowering=register_lowering,
+    )
