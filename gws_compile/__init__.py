@@ -2,6 +2,6 @@
 
 from .config import DEFAULT_EXCLUDE, LearnedBits
 from .formats import FORMATS, FloatFormat
-from .quantize import quantize
+from .reference import quantize
 
 __all__ = ["DEFAULT_EXCLUDE", "FORMATS", "FloatFormat", "LearnedBits", "quantize"]

@@ -153,7 +153,7 @@ def _check_widths(exponent_bits: int, mantissa_bits: int) -> None:
 
 def _largest(exponent_bits: int, mantissa_bits: int, bias: int) -> float:
     top = 2**exponent_bits - (2 if exponent_bits == 8 else 1)
-    return 2.0 ** (top - bias) * (2 - 2.0**-mantissa_bits)
+    return math.ldexp(2 - 2.0**-mantissa_bits, top - bias)
 
 
 def _standard_max(exponent_bits: int, mantissa_bits: int, bias: int) -> float:

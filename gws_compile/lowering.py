@@ -19,7 +19,7 @@ from .cast import cast, needs_block_maximum
 from .formats import FloatFormat
 from .noise import add_noise, random_word
 from .primitives import Primitives, Value
-from .sample_weight import matrix_shape
+from .sampling import matrix_shape
 from .torch_internals import inductor
 
 
@@ -104,7 +104,7 @@ def _matrix_index(index: Sequence[Any], shape: Sequence[Any], batch_dims: int) -
 
 
 def _block_maximum(w: Any, batch_dims: int, block: Sequence[int]) -> Any:
-    """The reduction: float32 (matrices, block rows, block columns); see `sample_weight.block_maximum`."""
+    """The reduction: float32 (matrices, block rows, block columns); see `sampling.block_maximum`."""
     ind = inductor()
     ops, shape = ind.ops, w.get_size()
     matrices, rows, cols = matrix_shape(shape, batch_dims)

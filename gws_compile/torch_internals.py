@@ -36,7 +36,7 @@ def _find(module: str, name: str) -> Any:
 
 
 def placeholder_source(node: fx.Node) -> str | None:
-    """Where Dynamo read a graph input from, such as ``L['self']._modules['fc']._parameters['weight']``; None if unknown.
+    """Where Dynamo read a graph input from, such as ``L['self']._modules['fc']._parameters['weight']``, if known.
 
     Relies on ``node._dynamo_source`` (kept under DDP's graph splitting) and ``meta["grapharg"].source``.
     """
@@ -59,7 +59,7 @@ def add_placeholder(graph: fx.Graph, name: str, example_value: object) -> fx.Nod
     with where:
         node = graph.placeholder(name)
     node.meta["example_value"] = example_value
-    node._dynamo_source = None  # type: ignore[attr-defined]
+    node._dynamo_source = None
     return node
 
 
@@ -75,7 +75,7 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     graph.output(output).meta.update(old_output.meta)
     for old, new in mapping.items():
         if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+            new._dynamo_source = old._dynamo_source
     graph._codegen = gm.graph._codegen
     copied = fx.GraphModule(gm, graph)
     copied.meta = dict(gm.meta)
@@ -110,7 +110,7 @@ def is_fake(value: object) -> bool:
 
 
 def fake_like(value: torch.Tensor, example: object) -> object:
-    """A fake form of ``value`` in the mode of ``example``, for a placeholder's metadata; ``value`` where there is no mode.
+    """A fake form of ``value`` in the mode of ``example``, for a placeholder's metadata; ``value`` if it has no mode.
 
     Relies on ``FakeTensor.fake_mode``.
     """
@@ -139,7 +139,7 @@ def inside_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-# --- Compilers behind the rewrite --------------------------------------------------------------------------------------
+# --- Compilers behind the rewrite ------------------------------------------------------------------------------------
 
 
 def inductor_compile(

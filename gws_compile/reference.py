@@ -6,7 +6,7 @@ import torch
 
 from .config import Config, Scale
 from .formats import FloatFormat
-from .sample_weight import DTYPES, sample_eager
+from .sampling import DTYPES, sample_eager
 
 
 def quantize(
@@ -15,13 +15,13 @@ def quantize(
     """Cast a weight onto a format's grid, without noise: the reference for what is deployed.
 
     Args:
-        w: float32, bfloat16 or float16. Blocks are those of a matrix: two dims as they are, four or more (a convolution
-            weight) as (out, the rest), three (expert weights) block the last two dims of each expert; a tensor of one dim
-            or none is one row. A 1-d convolution's weight is ``w.flatten(1)``.
+        w: float32, bfloat16 or float16. Blocks are those of a matrix: two dims as they are, four or more (a
+            convolution weight) as (out, the rest), three (expert weights) block the last two dims of each expert; a
+            tensor of one dim or none is one row. A 1-d convolution's weight is ``w.flatten(1)``.
         fmt: format name or `FloatFormat`.
         block: block shape (rows, columns); sizes that are no multiple of it end in partial blocks.
-        scale: the rule for a block's scale X, a power of two: ``"floor"`` (OCP MX v1.0, section 6.3), ``"ceil"`` or None
-            (X = 1); see `gws_compile.cast.scale_bits`.
+        scale: the rule for a block's scale X, a power of two: ``"floor"`` (OCP MX v1.0, section 6.3), ``"ceil"`` or
+            None (X = 1); see `gws_compile.cast.scale_bits`.
 
     Returns:
         A new tensor of the shape and dtype of ``w``, rounded to nearest with ties to even, saturated at ``+-X * max``;

@@ -1,7 +1,7 @@
 """The operator ``gws::sample_weight``: noise, then cast, of one weight.
 
-One node per weight in every graph; the eager kernel here and the Inductor lowering in `gws_compile.lowering` run the same
-arithmetic (`noise`, `cast`). Its gradient is the identity: block maximum, noise and cast are constants to autograd.
+One node per weight in every graph; the eager kernel here and the Inductor lowering in `gws_compile.lowering` run the
+same arithmetic (`noise`, `cast`). Its gradient is the identity: block maximum, noise and cast are constants to autograd.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def matrix_shape(shape: Sequence[int], batch_dims: int) -> tuple[int, int, int]:
 
     Args:
         shape: two or more dims.
-        batch_dims: leading dims that count matrices: 1 for expert weights (E, a, b), 0 for a matrix and for a convolution
-            weight (out, in, kh, kw), which is blocked as (out, in * kh * kw).
+        batch_dims: leading dims that count matrices: 1 for expert weights (E, a, b), 0 for a matrix and for a
+            convolution weight (out, in, kh, kw), which is blocked as (out, in * kh * kw).
     """
     return math.prod(shape[:batch_dims]), shape[batch_dims], math.prod(shape[batch_dims + 1 :])
 
@@ -77,7 +77,9 @@ def sample_eager(
         cols = torch.arange(c, device=w.device) // block[1]
         amax = amax[:, rows[:, None], cols]
     if noise != "none" and y.numel():
-        assert keys is not None and clock is not None and amax is not None
+        assert keys is not None
+        assert clock is not None
+        assert amax is not None
         index = torch.arange(m * r * c, device=w.device)
         if index.numel() > 2**31:
             index = torch.where(index >= 2**31, index - 2**32, index)
