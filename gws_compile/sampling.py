@@ -1,7 +1,8 @@
 """The operator ``gws::sample_weight``: noise, then cast, of one weight.
 
 One node per weight in every graph; the eager kernel here and the Inductor lowering in `gws_compile.lowering` run the
-same arithmetic (`noise`, `cast`). Its gradient is the identity: block maximum, noise and cast are constants to autograd.
+same arithmetic (`noise`, `cast`). Its gradient is the identity: block maximum, noise and cast
+are constants to autograd.
 """
 
 from __future__ import annotations
