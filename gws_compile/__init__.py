@@ -1,7 +1,27 @@
-"""Pseudo-quantization training by Gaussian weight sampling, as a torch.compile backend."""
+"""Pseudo-quantization training by Gaussian weight sampling, as a ``torch.compile`` backend.
 
+model = torch.compile(model, backend=gws_compile.backend(fmt="fp8_e4m3"))
+"""
+
+from .api import backend, explain
+from .compiler import Backend
 from .config import DEFAULT_EXCLUDE, LearnedBits
 from .formats import FORMATS, FloatFormat
 from .reference import quantize
+from .report import Report, WeightRecord
+from .warnings import GwsWarning
 
-__all__ = ["DEFAULT_EXCLUDE", "FORMATS", "FloatFormat", "LearnedBits", "quantize"]
+__version__ = "0.1.0"
+__all__ = [
+    "DEFAULT_EXCLUDE",
+    "FORMATS",
+    "Backend",
+    "FloatFormat",
+    "GwsWarning",
+    "LearnedBits",
+    "Report",
+    "WeightRecord",
+    "backend",
+    "explain",
+    "quantize",
+]

@@ -1,1 +1,38 @@
-"""Graph passes."""
+"""The graph passes, one file each, and the order in which they run.
+
+A pass is a function ``(gm, example_inputs, *, config) -> gm``. It says in its docstring what it requires of the graph
+and what it provides; `gws_compile.passes.weights` is all they share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+
+from gws_compile.config import Config
+from gws_compile.torch_internals import copy_graph_module
+
+from .find import find_weight_reads
+from .recompute import recompute_in_backward
+from .sample import InputLayout, input_layout, is_noisy, sample_weights
+from .select import select_weights
+from .weights import Read, Weight, weights_of
+
+__all__ = ["PASSES", "InputLayout", "Read", "Weight", "input_layout", "is_noisy", "rewrite", "weights_of"]
+
+PASSES: tuple[Callable[..., fx.GraphModule], ...] = (
+    find_weight_reads,
+    select_weights,
+    sample_weights,
+    recompute_in_backward,
+)
+
+
+def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Config) -> fx.GraphModule:
+    """Run every pass on a copy of Dynamo's graph, which stays as it is."""
+    gm = copy_graph_module(gm)
+    for run in PASSES:
+        gm = run(gm, example_inputs, config=config)
+    return gm

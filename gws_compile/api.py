@@ -1,0 +1,118 @@
+"""The public functions: `backend` and `explain`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from .compiler import Backend
+from .config import DEFAULT_EXCLUDE, Backward, Config, Inner, LearnedBits, Noise, Resample, Scale
+from .formats import FloatFormat
+from .report import Report
+
+
+def backend(
+    fmt: str | FloatFormat = "fp8_e4m3",
+    *,
+    noise: Noise = "rounded_normal",
+    bits: float | LearnedBits | None = None,
+    block: tuple[int, int] = (32, 32),
+    scale: Scale = "floor",
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = DEFAULT_EXCLUDE,
+    seed: int = 0,
+    resample: Resample = "step",
+    backward: Backward = "save",
+    inner: Inner = "inductor",
+    strict: bool = False,
+) -> Backend:
+    """A ``torch.compile`` backend for pseudo-quantization training by Gaussian weight sampling.
+
+    Every weight read ``w`` in the traced graph becomes ``cast(w + R * a * 2**(1 - b))``, with ``a`` the maximum of its
+    block, R drawn anew for each optimizer step, and the identity as its gradient (Ahn & Yoo, "Gaussian Weight Sampling for
+    Scalable, Efficient and Stable Pseudo-Quantization Training", arXiv 2505.11170). While gradients are disabled, and for
+    frozen weights, it becomes ``cast(w)``.
+
+    Args:
+        fmt: element format of the cast: a name in `FORMATS`, any ``"eXmY"``, or a `FloatFormat`.
+        noise: law of R: ``"rounded_normal"``, round(N(0,1) / 2); ``"uniform"``, DiffQ's U(-1/2, 1/2); ``"none"``, the
+            cast alone with a straight-through gradient.
+        bits: bit width b, 2 to 24, of the noise amplitude; the format's mantissa bits + 2 when None.
+        block: rows and columns that share a maximum and a scale.
+        scale: the block scale's rule: ``"floor"`` (OCP MX v1.0), ``"ceil"``, or None for no scale.
+        include: globs on qualified names; only weights that match one are rewritten. All when None.
+        exclude: globs on qualified names that are left alone; output heads and routers by default. It wins over
+            ``include``.
+        seed: 0 to 2**64 - 1; equal seeds draw equal noise.
+        resample: ``"step"``: new noise once per optimizer step; ``"forward"``: in every training forward.
+        backward: ``"save"`` keeps the sampled weight for backward; ``"recompute"`` samples it again there and keeps
+            nothing.
+        inner: who compiles the rewritten graph: ``"inductor"``, ``"aot_eager"``, ``"eager"``, or a backend of your own,
+            a callable ``(gm, example_inputs) -> callable``.
+        strict: an error, instead of a warning, when no weight is rewritten or an included one is left alone.
+
+    Returns:
+        A `Backend`, for ``torch.compile(model, backend=...)``.
+
+    Raises:
+        ValueError: a bad value; the message names it and what is accepted.
+        NotImplementedError: ``bits=LearnedBits(...)``.
+    """
+    return Backend(
+        Config.make(
+            fmt,
+            noise=noise,
+            bits=bits,
+            block=block,
+            scale=scale,
+            include=include,
+            exclude=exclude,
+            seed=seed,
+            resample=resample,
+            backward=backward,
+            inner=inner,
+            strict=strict,
+        )
+    )
+
+
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    fmt: str | FloatFormat = "fp8_e4m3",
+    backend: Backend | None = None,
+    **kwargs: Any,
+) -> Report:
+    """Say what would be rewritten, without compiling anything.
+
+    Traces ``model(*args, **kwargs)``, rewrites its graphs, and runs the model as it is, once, so that graph breaks are
+    followed. The global random state is restored; buffers that the forward updates (batch norm) are updated.
+
+    Args:
+        model: a module or function.
+        *args: the call's positional arguments.
+        fmt: the format, when no ``backend`` is given.
+        backend: a backend whose settings are used; it is not changed.
+        **kwargs: the call's keyword arguments.
+
+    Returns:
+        The report: every weight, rewritten or with the reason why not.
+    """
+    config = Config.make(fmt) if backend is None else backend.config
+    tracer = _Tracer(replace(config, inner="eager"))
+    compiled = torch.compile(model, backend=tracer)
+    with torch.random.fork_rng():
+        compiled(*args, **kwargs)
+    return tracer.report()
+
+
+class _Tracer(Backend):
+    """Rewrites for the report, and runs the model's own graph."""
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Any, **settings: Any) -> Callable[..., Any]:
+        super().__call__(gm, example_inputs)
+        return gm.forward

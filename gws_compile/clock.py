@@ -1,0 +1,66 @@
+"""When new noise is drawn: the number of the draw, as a tensor that every graph takes as an input."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .primitives import wrap_int32
+
+
+class Clock:
+    """Counts draws.
+
+    An optimizer step (or `tick`) asks for a new draw; it begins with the next training forward. So several optimizers
+    stepping one after another make one new draw, and forwards that activation checkpointing runs again inside backward
+    see the draw of their first run.
+
+    The tensors are never changed in place: a graph that saved one for backward still computes with its own draw after
+    the next has begun.
+
+    Attributes:
+        step: number of the current draw, from 0.
+        enabled: False while noise is switched off.
+        pending: a new draw has been asked for.
+    """
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.enabled = True
+        self.pending = False
+        self._tensors: dict[torch.device, tuple[int, bool, torch.Tensor]] = {}
+
+    def tick(self) -> None:
+        """Ask for a new draw, beginning with the next training forward."""
+        self.pending = True
+
+    def begin_forward(self) -> None:
+        """Start the draw that was asked for, if any."""
+        if self.pending:
+            self.step += 1
+            self.pending = False
+
+    def tensor(self, device: torch.device) -> torch.Tensor:
+        """int32 (2,): the draw's number, and -1 to draw or 0 to leave the weights as they are."""
+        step, enabled, tensor = self._tensors.get(device, (-1, False, None))
+        if tensor is None or step != self.step or enabled != self.enabled:
+            # Filled by kernels whose scalars are launch arguments: no copy from the host, so no synchronization.
+            tensor = torch.full((2,), wrap_int32(self.step), dtype=torch.int32, device=device)
+            tensor[1].fill_(-1 if self.enabled else 0)
+            self._tensors[device] = (self.step, self.enabled, tensor)
+        return tensor
+
+    def follow_optimizers(self) -> None:
+        """Tick whenever any ``torch.optim`` optimizer has stepped, for as long as this clock lives."""
+        this = weakref.ref(self)
+
+        def stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            clock = this()
+            if clock is not None:
+                clock.tick()
+
+        handle = register_optimizer_step_post_hook(stepped)
+        weakref.finalize(self, handle.remove)

@@ -1,0 +1,272 @@
+"""The backend: what `torch.compile` calls with each traced graph."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import torch_internals
+from .clock import Clock
+from .config import DEFAULT_EXCLUDE, Config
+from .keys import KeyRegistry, KeyTable
+from .names import first_match
+from .passes import InputLayout, Weight, input_layout, is_noisy, rewrite, weights_of
+from .report import Report, WeightRecord
+from .warnings import GwsWarning
+
+log = logging.getLogger("gws_compile")
+
+
+class Backend:
+    """A ``torch.compile`` backend that samples the weights of every graph it compiles.
+
+    Made by `gws_compile.backend`; pass it as ``torch.compile(model, backend=...)`` or
+    ``model.compile(backend=...)``. One backend may serve several models, and several graphs of each.
+
+    Attributes:
+        config: the settings, validated and frozen.
+        graphs: the rewritten FX graphs, in the order in which they were compiled.
+    """
+
+    # torch.compile shows this name in its messages.
+    __name__ = "gws"
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.graphs: list[fx.GraphModule] = []
+        self._records: list[WeightRecord] = []
+        self._registry = KeyRegistry(config.seed)
+        self._clock = Clock()
+        self._matched: set[str] = set()
+        self._warned: set[str] = set()
+        if config.resample == "step":
+            self._clock.follow_optimizers()
+
+    def __call__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> Callable[..., Any]:
+        """Rewrite one traced graph and compile it; the protocol of torch.compile's backends.
+
+        Args:
+            gm: Dynamo's graph; it stays as it is.
+            example_inputs: its inputs, real or fake.
+            mode: a mode of ``torch.compile``, for Inductor.
+            options: Inductor's options.
+
+        Returns:
+            The compiled function, called with the graph's inputs.
+
+        Raises:
+            ValueError: under ``strict``, when no weight is rewritten or an included one is skipped; or when ``mode`` or
+                ``options`` are given and the inner compiler is not Inductor.
+        """
+        config = self.config
+        if (mode or options) and config.inner != "inductor":
+            raise ValueError(f"mode={mode!r} and options={options!r} are Inductor's, but inner is {config.inner!r}")
+        before = sum(1 for _ in gm.graph.nodes)
+        rewritten = rewrite(gm, example_inputs, config=config)
+        records = [_record(w, config) for w in weights_of(rewritten)]
+        self._check(weights_of(rewritten), records, has_parameters=_has_parameters(gm))
+        self._records += records
+        number = len(self.graphs)
+        self.graphs.append(rewritten)
+        count = sum(r.rewritten for r in records)
+        log.info(
+            "graph %d: %d weights found, %d rewritten; %d nodes before, %d after",
+            number,
+            len(records),
+            count,
+            before,
+            sum(1 for _ in rewritten.graph.nodes),
+        )
+        for record in records:
+            log.debug("graph %d: %s: %s", number, record.name, record.reason or "rewritten")
+        torch_internals.trace_artifact(f"gws_compile_before_{number}", gm.print_readable(print_output=False))
+        torch_internals.trace_artifact(f"gws_compile_after_{number}", rewritten.print_readable(print_output=False))
+
+        layout = input_layout(rewritten)
+        extra = [
+            tensor
+            for device, positions in layout.positions.items()
+            for tensor in (
+                torch.zeros(len(positions), 2, dtype=torch.int32, device=device),
+                self._clock.tensor(device),
+            )
+        ]
+        compiled = self._compile(rewritten, [*example_inputs, *extra], mode, options)
+        return _Runtime(compiled, layout, self._registry, self._clock, config) if extra else compiled
+
+    def _compile(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], mode: str | None, options: dict[str, Any] | None
+    ) -> Callable[..., Any]:
+        inner = self.config.inner
+        if inner != "eager":
+            from . import lowering  # noqa: F401  (registers the operator's lowering; imports Inductor)
+        if callable(inner):
+            compiled: Callable[..., Any] = inner(gm, list(inputs))
+            return compiled
+        if inner == "inductor":
+            return torch_internals.inductor_compile(gm, inputs, mode=mode, options=options)
+        return torch_internals.named_compile(inner, gm, inputs)
+
+    def _check(self, weights: Sequence[Weight], records: Sequence[WeightRecord], *, has_parameters: bool) -> None:
+        """Warn of settings without effect, or refuse them under ``strict``."""
+        config = self.config
+        patterns = [("include", p) for p in config.include or ()]
+        if config.exclude != DEFAULT_EXCLUDE:
+            patterns += [("exclude", p) for p in config.exclude]
+        for setting, pattern in patterns:
+            if any(first_match(w.name, (pattern,)) for w in weights):
+                self._matched.add(pattern)
+            elif records and pattern not in self._matched:
+                names = ", ".join(r.name for r in records[:8]) + (", ..." if len(records) > 8 else "")
+                self._warn(f"{setting}={pattern!r} has matched no weight so far; this graph's weights are: {names}")
+        for record in records:
+            if record.rewritten or config.include is None or first_match(record.name, config.include) is None:
+                continue
+            message = f"{record.name} matches include, but is left alone: {record.reason}"
+            if config.strict:
+                raise ValueError(message)
+            self._warn(message)
+        if any(r.rewritten for r in (*self._records, *records)):
+            return
+        reasons = "; ".join(f"{r.name}: {r.reason}" for r in records[:8]) or "it has no weight matrices"
+        if config.strict:
+            raise ValueError(f"strict=True, and no weight was rewritten ({reasons})")
+        if has_parameters:
+            self._warn(f"no weight has been rewritten so far ({reasons})")
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, GwsWarning, stacklevel=2)
+
+    def report(self) -> Report:
+        """Every weight seen so far: rewritten, or why not."""
+        return Report(self._records)
+
+    def step(self) -> None:
+        """Draw new noise from the next training forward on.
+
+        Not needed with ``torch.optim`` optimizers, which are followed; for update loops of your own. Calling it beside
+        an optimizer makes no second draw.
+        """
+        self._clock.tick()
+
+    @contextmanager
+    def noise(self, enabled: bool) -> Iterator[None]:
+        """Switch the noise off (or on) inside a ``with`` block; nothing is compiled again.
+
+        With the noise off, training graphs cast the weights as evaluation does, bit for bit.
+        """
+        before, self._clock.enabled = self._clock.enabled, bool(enabled)
+        try:
+            yield
+        finally:
+            self._clock.enabled = before
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """The backend's own trainable parameters by name: none, while bit widths are fixed."""
+        return iter(())
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """The backend's own trainable parameters, for an optimizer: none, while bit widths are fixed."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def bit_loss(self) -> torch.Tensor:
+        """The loss that pulls learned bit widths to their target: a float32 zero, while bit widths are fixed."""
+        return torch.zeros(())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to draw the same noise: plain numbers and strings."""
+        return {
+            "seed": self.config.seed,
+            "fmt": self.config.fmt.spec,
+            "step": self._clock.step + self._clock.pending,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`.
+
+        Raises:
+            ValueError: the state is of another seed or format.
+        """
+        expected = self.state_dict()
+        if missing := expected.keys() - state.keys():
+            raise ValueError(f"not a state of gws_compile: {', '.join(sorted(missing))} missing, got {sorted(state)}")
+        for key in ("seed", "fmt"):
+            if state[key] != expected[key]:
+                raise ValueError(f"the state was saved with {key}={state[key]!r}, this backend has {expected[key]!r}")
+        self._clock.step, self._clock.pending = int(state["step"]), False
+
+    def __repr__(self) -> str:
+        return f"<gws_compile backend: {self.config.fmt}, {self.config.noise}, {len(self.graphs)} graphs>"
+
+
+class _Runtime:
+    """The compiled graph with its keys and clock: looked up by the Parameters that come in, at each call."""
+
+    def __init__(
+        self, compiled: Callable[..., Any], layout: InputLayout, registry: KeyRegistry, clock: Clock, config: Config
+    ) -> None:
+        self._compiled = compiled
+        self._clock = clock
+        self._forward = config.resample == "forward"
+        self._tables = [
+            (device, positions, KeyTable(registry, layout.names[device], device))
+            for device, positions in layout.positions.items()
+        ]
+
+    def __call__(self, *args: Any) -> Any:
+        if not torch_internals.inside_backward():
+            if self._forward:
+                self._clock.tick()
+            self._clock.begin_forward()
+        elif self._forward:
+            raise RuntimeError(
+                'resample="forward" draws new noise in every forward, but this one runs inside backward: activation '
+                "checkpointing around the compiled region would see other noise than the first run. Put the "
+                'checkpoint inside the compiled region, or use resample="step"'
+            )
+        extra = []
+        for device, positions, table in self._tables:
+            weights = [args[i] for i in positions]
+            if any(torch_internals.is_fake(w) for w in weights):
+                # DDP's graph splitting runs the graph on fake tensors; they are no weights of anyone.
+                extra += [torch.zeros(len(weights), 2, dtype=torch.int32, device=device), self._clock.tensor(device)]
+            else:
+                extra += [table(weights), self._clock.tensor(device)]
+        return self._compiled(*args, *extra)
+
+
+def _has_parameters(gm: fx.GraphModule) -> bool:
+    sources = (torch_internals.placeholder_source(n) or "" for n in gm.graph.find_nodes(op="placeholder"))
+    return any("_parameters[" in source for source in sources)
+
+
+def _record(weight: Weight, config: Config) -> WeightRecord:
+    rewritten = weight.reason is None
+    noisy = rewritten and is_noisy(weight, config)
+    return WeightRecord(
+        name=weight.name,
+        shape=weight.shape,
+        dtype=str(weight.dtype).removeprefix("torch."),
+        op=", ".join(dict.fromkeys(read.op for read in weight.reads)),
+        rewritten=rewritten,
+        reason=weight.reason or "",
+        fmt=config.fmt.name if rewritten else "",
+        bits=config.bits if noisy else None,
+        noise=(config.noise if noisy else "none") if rewritten else "",
+        location=weight.reads[0].location if weight.reads else "",
+    )

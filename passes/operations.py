@@ -1,0 +1,134 @@
+"""What an operation does with a weight: reads it, passes it on, looks rows up, writes it, or something else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+# Operation -> positions of the operands that make it a read of a weight. `linear` and convolutions read their weight
+# only: a parameter in the place of their input (learned queries, position tables) is an activation.
+READS: dict[str, tuple[int, ...]] = {
+    "linear": (1,),
+    "bilinear": (2,),
+    "matmul": (0, 1),
+    "mm": (0, 1),
+    "bmm": (0, 1),
+    "mv": (0,),
+    "addmm": (1, 2),
+    "addmv": (1,),
+    "addbmm": (1, 2),
+    "baddbmm": (1, 2),
+    "einsum": (1, 2, 3, 4, 5, 6, 7, 8),
+    "tensordot": (0, 1),
+    "multi_dot": (0,),
+    "chain_matmul": (0, 1, 2, 3, 4, 5, 6, 7),
+    "grouped_mm": (0, 1),
+    "_grouped_mm": (0, 1),
+    "grouped_mm_fallback": (0, 1),
+    "conv1d": (1,),
+    "conv2d": (1,),
+    "conv3d": (1,),
+    "conv_transpose1d": (1,),
+    "conv_transpose2d": (1,),
+    "conv_transpose3d": (1,),
+    "convolution": (1,),
+}
+
+# Keyword names of the same operands.
+_OPERAND_NAMES: dict[str, tuple[int, str]] = {
+    "weight": (1, "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution"),
+    "other": (1, "matmul"),
+    "mat1": (1, "addmm"),
+    "mat2": (2, "addmm"),
+    "batch1": (1, "addbmm baddbmm"),
+    "batch2": (2, "addbmm baddbmm"),
+    "mat_a": (0, "grouped_mm _grouped_mm"),
+    "mat_b": (1, "grouped_mm _grouped_mm"),
+    "a": (0, "tensordot"),
+    "b": (1, "tensordot"),
+}
+
+CONVOLUTIONS = frozenset(name for name in READS if name.startswith("conv"))
+
+# The value of their first operand goes on, in another shape or dtype or in part.
+TRANSPARENT = frozenset(
+    "view reshape t T mT H mH transpose permute swapaxes swapdims movedim moveaxis flatten unflatten ravel "
+    "unsqueeze squeeze expand expand_as view_as reshape_as contiguous to type type_as float half bfloat16 double "
+    "chunk split split_with_sizes tensor_split unsafe_split unsafe_chunk unbind narrow select slice getitem "
+    "index_select clone detach alias cat concat concatenate stack hstack vstack repeat tile repeat_interleave "
+    "as_strided pad flip _to_copy broadcast_to adjoint requires_grad_ data".split()
+)
+
+# Only shape, dtype or device of the operand matter.
+METADATA = frozenset(
+    "size dim ndim shape stride numel nelement element_size dtype device is_contiguous is_floating_point "
+    "is_complex layout requires_grad is_cuda is_cpu storage_offset zeros_like ones_like empty_like full_like "
+    "rand_like randn_like new_zeros new_ones new_empty new_full new_tensor sym_size sym_stride sym_numel "
+    "get_device is_meta itemsize nbytes is_autocast_enabled _enter_autocast isinstance is_grad_enabled".split()
+)
+
+_IN_PLACE_OPERATORS = frozenset(
+    "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor setitem delitem".split()
+)
+
+
+def name_of(node: fx.Node) -> str:
+    """The bare name of a node's operation: ``linear`` for ``torch._C._nn.linear``, ``T`` for an attribute read."""
+    target: Any = node.target
+    if node.op == "call_method":
+        return str(target)
+    packet = getattr(target, "overloadpacket", target)
+    name: str = getattr(packet, "__name__", None) or str(packet)
+    if name == "getattr" and len(node.args) > 1:
+        return str(node.args[1])
+    if name == "__get__":  # a tensor property, read through its descriptor
+        return getattr(getattr(target, "__self__", None), "__name__", name)
+    return name.removesuffix(".default").rsplit(".", 1)[-1]
+
+
+def _holds(value: object, weight: fx.Node) -> bool:
+    return value is weight or (isinstance(value, (list, tuple)) and any(_holds(v, weight) for v in value))
+
+
+def _operands(node: fx.Node, weight: fx.Node, name: str) -> set[int]:
+    positions = {i for i, arg in enumerate(node.args) if _holds(arg, weight)}
+    for key, arg in node.kwargs.items():
+        if _holds(arg, weight):
+            position, operations = _OPERAND_NAMES.get(key, (-1, ""))
+            positions.add(position if name in operations.split() else -1)
+    return positions
+
+
+def is_read(node: fx.Node, weight: fx.Node) -> bool:
+    """Whether the node multiplies or convolves with the value in ``weight``, one of its inputs."""
+    name = name_of(node)
+    return name in READS and not _operands(node, weight, name).isdisjoint(READS[name])
+
+
+def is_transparent(node: fx.Node, weight: fx.Node) -> bool:
+    """Whether the node's result is the value in ``weight``, rearranged, converted or joined with others."""
+    name = name_of(node)
+    return name in TRANSPARENT and _operands(node, weight, name) == {0}
+
+
+def is_metadata(node: fx.Node, weight: fx.Node) -> bool:
+    """Whether the node looks only at shape, dtype or device of ``weight``."""
+    name = name_of(node)
+    return name in METADATA or (name in TRANSPARENT and 0 not in _operands(node, weight, name))
+
+
+def is_embedding(node: fx.Node, weight: fx.Node) -> bool:
+    """Whether the node looks rows up in ``weight``."""
+    name = name_of(node)
+    return name in ("embedding", "embedding_bag", "_embedding_bag", "take") and node.args[0] is not weight
+
+
+def is_in_place(node: fx.Node, weight: fx.Node) -> bool:
+    """Whether the node writes into ``weight``."""
+    name = name_of(node)
+    if _holds(node.kwargs.get("out"), weight):
+        return True
+    if name == "requires_grad_" or (not node.args or node.args[0] is not weight):
+        return False
+    return name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))

@@ -1,0 +1,218 @@
+"""Put ``gws::sample_weight`` between a weight and its reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from gws_compile import torch_internals
+from gws_compile.config import Config
+from gws_compile.sampling import OPERATOR_VERSION
+
+from . import operations
+from .weights import Weight, weights_of
+
+_LAYOUT = "gws_layout"
+
+
+@dataclass(frozen=True)
+class InputLayout:
+    """The inputs that the rewritten graph takes behind its own.
+
+    For each device: an int32 (weights, 2) tensor of keys and an int32 (2,) clock, in this order.
+
+    Attributes:
+        positions: per device, the input positions of the weights whose keys are the rows.
+        names: per device, those weights' qualified names.
+    """
+
+    positions: dict[torch.device, tuple[int, ...]]
+    names: dict[torch.device, tuple[str, ...]]
+
+
+def input_layout(gm: fx.GraphModule) -> InputLayout:
+    """The added inputs of a graph that `sample_weights` has rewritten."""
+    layout: InputLayout = gm.meta[_LAYOUT]
+    return layout
+
+
+def sample_weights(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Config) -> fx.GraphModule:
+    """Rewrite every selected weight.
+
+    Before::
+
+        linear(x, weight, bias)
+
+    After::
+
+        sample_weight = gws.sample_weight(weight, gws_keys, gws_clock, 0, ...)
+        linear(x, sample_weight, bias)
+
+    One sample serves all reads of a weight in a graph; a read inside an activation checkpoint is sampled in the
+    checkpoint's body, which is computed again in backward and so keeps nothing. Frozen weights, and all weights while
+    gradients are disabled, are cast without noise. Other uses of the weight keep reading the weight itself.
+
+    Requires `weights_of(gm)` with the reasons set. Provides `input_layout(gm)`: keys and clock are new inputs.
+
+    Args:
+        gm: a copy of Dynamo's graph; changed in place, checkpoint bodies are copied first.
+        example_inputs: unused.
+        config: format, noise, block and scale become the operator's arguments.
+    """
+    chosen = [w for w in weights_of(gm) if w.reason is None]
+    noisy = [w for w in chosen if is_noisy(w, config)]
+    devices = list(dict.fromkeys(w.device for w in noisy))
+    extra: dict[torch.device, tuple[fx.Node, fx.Node]] = {}
+    positions, names = {}, {}
+    for i, device in enumerate(devices):
+        members = [w for w in noisy if w.device == device]
+        positions[device] = tuple(w.position for w in members)
+        names[device] = tuple(w.name for w in members)
+        suffix = f"_{i}" if len(devices) > 1 else ""
+        example = torch_internals.example_value(members[0].node)
+        keys = torch.zeros(len(members), 2, dtype=torch.int32, device=device)
+        clock = torch.zeros(2, dtype=torch.int32, device=device)
+        extra[device] = (
+            torch_internals.add_placeholder(gm.graph, f"gws_keys{suffix}", torch_internals.fake_like(keys, example)),
+            torch_internals.add_placeholder(gm.graph, f"gws_clock{suffix}", torch_internals.fake_like(clock, example)),
+        )
+    for weight in chosen:
+        row = positions[weight.device].index(weight.position) if weight in noisy else None
+        inputs = None if row is None else (*extra[weight.device], row)
+        _Rewriter(weight, config, inputs).rewrite(gm, weight.node)
+    for module in [gm, *gm.children()]:
+        if isinstance(module, fx.GraphModule):
+            module.graph.lint()
+            module.recompile()
+    gm.meta[_LAYOUT] = InputLayout(positions, names)
+    return gm
+
+
+def is_noisy(weight: Weight, config: Config) -> bool:
+    """Whether a rewritten weight gets noise in this graph, not the cast alone."""
+    return config.noise != "none" and weight.trainable and torch.is_grad_enabled()
+
+
+class _Rewriter:
+    """Rewrites one weight in a graph and in the checkpoint bodies that the graph hands it to."""
+
+    def __init__(self, weight: Weight, config: Config, inputs: tuple[fx.Node, fx.Node, int] | None) -> None:
+        self._weight = weight
+        self._config = config
+        self._inputs = inputs
+
+    def rewrite(self, gm: fx.GraphModule, node: fx.Node) -> None:
+        """Sample the value in ``node``, the weight in ``gm``, for all of its reads there."""
+        keys, clock, row = self._inputs if self._inputs is not None else (None, None, 0)
+        self._rewrite(gm, node, keys, clock, row)
+
+    def _rewrite(
+        self, gm: fx.GraphModule, node: fx.Node, keys: fx.Node | None, clock: fx.Node | None, row: int
+    ) -> None:
+        readers = [user for user in node.users if self._leads_to_read(gm, user, node)]
+        bodies = [user for user in readers if torch_internals.checkpoint_body(user) is not None]
+        for user in bodies:
+            self._rewrite_body(gm, user, node, keys, clock, row)
+        readers = [user for user in readers if user not in bodies]
+        if not readers:
+            return
+        read = self._weight.reads[0]
+        config = self._config
+        with gm.graph.inserting_before(readers[0]):
+            sampled = gm.graph.create_node(
+                "call_function",
+                torch.ops.gws.sample_weight.default,
+                (
+                    node,
+                    keys,
+                    clock,
+                    row,
+                    read.batch_dims,
+                    config.fmt.spec,
+                    config.bits,
+                    config.noise if keys is not None else "none",
+                    list(config.block),
+                    config.scale or "",
+                    OPERATOR_VERSION,
+                ),
+                name="sample_weight",
+            )
+        sampled.meta.update({k: v for k, v in readers[0].meta.items() if k in ("stack_trace", "nn_module_stack")})
+        sampled.meta["example_value"] = torch_internals.example_value(node)
+        for user in readers:
+            self._redirect(gm, user, node, sampled)
+
+    def _redirect(self, gm: fx.GraphModule, user: fx.Node, old: fx.Node, new: fx.Node) -> None:
+        """Have ``user`` take ``new`` for ``old``; where it also serves other uses, a copy of it does."""
+        if operations.is_read(user, old) or self._leads_only_to_reads(gm, user, old):
+            user.replace_input_with(old, new)
+            return
+        with gm.graph.inserting_after(user):
+            copied = gm.graph.node_copy(user, lambda n: new if n is old else n)
+        for further in list(user.users):
+            if self._leads_to_read(gm, further, user):
+                self._redirect(gm, further, user, copied)
+
+    def _leads_to_read(self, gm: fx.GraphModule, node: fx.Node, operand: fx.Node) -> bool:
+        body = torch_internals.checkpoint_body(node)
+        if body is not None:
+            inner = getattr(gm, str(body.target))
+            return any(
+                self._leads_to_read(inner, user, placeholder)
+                for placeholder in _operand_placeholders(inner, node, operand)
+                for user in placeholder.users
+            )
+        if operations.is_read(node, operand):
+            return True
+        return operations.is_transparent(node, operand) and any(
+            self._leads_to_read(gm, user, node) for user in node.users
+        )
+
+    def _leads_only_to_reads(self, gm: fx.GraphModule, node: fx.Node, operand: fx.Node) -> bool:
+        if operations.is_read(node, operand) or operations.is_metadata(node, operand):
+            return True
+        if torch_internals.checkpoint_body(node) is not None:
+            return True  # a view made outside: the body gets the sampled value whatever it does with it
+        return operations.is_transparent(node, operand) and all(
+            self._leads_only_to_reads(gm, user, node) for user in node.users
+        )
+
+    def _rewrite_body(
+        self,
+        gm: fx.GraphModule,
+        node: fx.Node,
+        operand: fx.Node,
+        keys: fx.Node | None,
+        clock: fx.Node | None,
+        row: int,
+    ) -> None:
+        body = torch_internals.checkpoint_body(node)
+        assert body is not None
+        inner = getattr(gm, str(body.target))
+        if not inner.meta.get("gws_copied"):
+            inner = torch_internals.copy_graph_module(inner)
+            inner.meta["gws_copied"] = True
+            setattr(gm, str(body.target), inner)
+        inside = [_as_operand(inner, node, extra) for extra in (keys, clock)]
+        for placeholder in _operand_placeholders(inner, node, operand):
+            self._rewrite(inner, placeholder, inside[0], inside[1], row)
+
+
+def _operand_placeholders(inner: fx.GraphModule, node: fx.Node, operand: fx.Node) -> list[fx.Node]:
+    placeholders = inner.graph.find_nodes(op="placeholder")
+    return [p for p, arg in zip(placeholders, node.args[1:], strict=False) if arg is operand]
+
+
+def _as_operand(inner: fx.GraphModule, node: fx.Node, extra: fx.Node | None) -> fx.Node | None:
+    """The placeholder inside a body for an outer node, which becomes an operand of the checkpoint if it is none yet."""
+    if extra is None:
+        return None
+    known = _operand_placeholders(inner, node, extra)
+    if known:
+        return known[0]
+    node.args = (*node.args, extra)
+    return torch_internals.add_placeholder(inner.graph, extra.name, torch_internals.example_value(extra))

@@ -1,0 +1,69 @@
+"""Decide which of the weights that were found are rewritten, and say why the others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from gws_compile.config import Config
+from gws_compile.names import first_match
+from gws_compile.sampling import DTYPES, MAX_ELEMENTS
+
+from .weights import Weight, weights_of
+
+
+def select_weights(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Config) -> fx.GraphModule:
+    """Set `Weight.reason` on every weight that is to be left alone.
+
+    Requires `weights_of(gm)`; the graph is not changed.
+
+    Args:
+        gm: the graph.
+        example_inputs: unused.
+        config: ``include`` and ``exclude`` decide by name.
+    """
+    for weight in weights_of(gm):
+        weight.reason = _reason(weight, config)
+    return gm
+
+
+def _reason(weight: Weight, config: Config) -> str | None:
+    if not weight.reads:
+        return _unread(weight)
+    if weight.written:
+        return "written in place inside the graph"
+    included = config.include is not None and first_match(weight.name, config.include)
+    if config.include is not None and not included:
+        return f"no include pattern matches ({', '.join(config.include)})"
+    pattern = first_match(weight.name, config.exclude)
+    if pattern is not None:
+        return f"matches the exclude pattern {pattern!r}"
+    if weight.embedded and not included:
+        return "also an embedding table (tied); name it in include to rewrite its matrix products"
+    if weight.dtype not in DTYPES:
+        return f"{str(weight.dtype).removeprefix('torch.')} weights are not sampled"
+    if any(n == 0 for n in weight.shape):
+        return "empty"
+    if _elements(weight) > MAX_ELEMENTS:
+        return f"more than {MAX_ELEMENTS} elements: its noise would repeat"
+    return None
+
+
+def _unread(weight: Weight) -> str:
+    if weight.embedded:
+        return "embedding look-up"
+    if weight.written:
+        return "written in place inside the graph"
+    if not weight.other_uses:
+        return "not used in the graph"
+    uses = ", ".join(dict.fromkeys(weight.other_uses))
+    return f"no matrix product or convolution reads it, only: {uses}"
+
+
+def _elements(weight: Weight) -> int:
+    total = 1
+    for n in weight.shape:
+        total *= n
+    return total

@@ -1,0 +1,80 @@
+"""What the passes hand to one another: the weights of a graph and their uses.
+
+A pass reads and writes `weights_of(gm)`, never another pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+_META = "gws_weights"
+
+MATRIX_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of the parameters that are listed; `gws_compile.sampling.DTYPES` are those that can be sampled."""
+
+
+@dataclass
+class Read:
+    """A use of a weight that is a matrix product or a convolution.
+
+    Attributes:
+        node: the reading node, in the graph it stands in (a checkpoint body's, for one inside).
+        op: its name, such as ``linear``.
+        batch_dims: leading dims of the weight that count matrices; see `gws_compile.sampling.matrix_shape`.
+        location: ``file:line`` of the user's code, empty where Dynamo recorded none.
+    """
+
+    node: fx.Node
+    op: str
+    batch_dims: int
+    location: str
+
+
+@dataclass
+class Weight:
+    """A floating-point parameter of two or more dims, as one graph sees it.
+
+    Attributes:
+        node: its placeholder in the outer graph.
+        position: index of that placeholder among the graph's inputs.
+        name: qualified name relative to the compiled module.
+        shape, dtype, device, trainable: of the parameter; ``trainable`` is its ``requires_grad``.
+        reads: where it is read.
+        embedded: it is also the table of an embedding look-up.
+        written: it is written in place.
+        other_uses: names of the operations that use it otherwise.
+        reason: why it is left alone; None while it is to be rewritten.
+    """
+
+    node: fx.Node
+    position: int
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    trainable: bool
+    reads: list[Read] = field(default_factory=list)
+    embedded: bool = False
+    written: bool = False
+    other_uses: list[str] = field(default_factory=list)
+    reason: str | None = None
+
+
+def set_weights(gm: fx.GraphModule, weights: list[Weight]) -> None:
+    """Provide the graph's weights to later passes."""
+    gm.meta[_META] = weights
+
+
+def weights_of(gm: fx.GraphModule) -> list[Weight]:
+    """The weights that `find_weight_reads` found.
+
+    Raises:
+        RuntimeError: the pass has not run on this graph.
+    """
+    if _META not in gm.meta:
+        raise RuntimeError("this pass needs the graph's weights: run find_weight_reads first")
+    weights: list[Weight] = gm.meta[_META]
+    return weights
