@@ -32,10 +32,10 @@ def backend(
 ) -> Backend:
     """A ``torch.compile`` backend for pseudo-quantization training by Gaussian weight sampling.
 
-    Every weight read ``w`` in the traced graph becomes ``cast(w + R * a * 2**(1 - b))``, with ``a`` the maximum of its
-    block, R drawn anew for each optimizer step, and the identity as its gradient (Ahn & Yoo, "Gaussian Weight Sampling for
-    Scalable, Efficient and Stable Pseudo-Quantization Training", arXiv 2505.11170). While gradients are disabled, and for
-    frozen weights, it becomes ``cast(w)``.
+    Every weight read ``w`` in the traced graph becomes ``cast(w + R * a * 2**(1 - b))``, with ``a`` the maximum of
+    its block, R drawn anew for each optimizer step, and the identity as its gradient (Ahn & Yoo, "Gaussian Weight
+    Sampling for Scalable, Efficient and Stable Pseudo-Quantization Training", arXiv 2505.11170). While gradients are
+    disabled, and for frozen weights, it becomes ``cast(w)``.
 
     Args:
         fmt: element format of the cast: a name in `FORMATS`, any ``"eXmY"``, or a `FloatFormat`.
