@@ -25,8 +25,9 @@ class KeyRegistry:
     """Names the Parameters that come in and gives each a key.
 
     One compiled graph may serve many layers, so nothing about a layer is in the graph: its name there is relative
-    to the compiled module. The first Parameter seen under a name has that name, the next ones ``name#1``, ``name#2`` in the
-    order of first use, which is the same in every process that runs the same program. A tied Parameter has one name.
+    to the compiled module. The first Parameter seen under a name has that name, the next ones ``name#1``, ``name#2``
+    in the order of first use, which is the same in every process that runs the same program. A tied Parameter has
+    one name.
     Entries of Parameters that are gone are dropped.
     """
 
