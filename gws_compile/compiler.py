@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
 from . import torch_internals
+from .checks import Checks
 from .clock import Clock
-from .config import DEFAULT_EXCLUDE, Config
+from .config import Config
 from .keys import KeyRegistry, KeyTable
-from .names import first_match
 from .passes import InputLayout, Weight, input_layout, is_noisy, rewrite, weights_of
 from .report import Report, WeightRecord
-from .warnings import GwsWarning
 
 log = logging.getLogger("gws_compile")
 
@@ -43,8 +42,7 @@ class Backend:
         self._records: list[WeightRecord] = []
         self._registry = KeyRegistry(config.seed)
         self._clock = Clock()
-        self._matched: set[str] = set()
-        self._warned: set[str] = set()
+        self._checks = Checks(config)
         if config.resample == "step":
             self._clock.follow_optimizers()
 
@@ -77,7 +75,7 @@ class Backend:
         before = sum(1 for _ in gm.graph.nodes)
         rewritten = rewrite(gm, example_inputs, config=config)
         records = [_record(w, config) for w in weights_of(rewritten)]
-        self._check(weights_of(rewritten), records, has_parameters=_has_parameters(gm))
+        self._checks.look_at(weights_of(rewritten), has_parameters=_has_parameters(gm))
         self._records += records
         number = len(self.graphs)
         self.graphs.append(rewritten)
@@ -92,8 +90,10 @@ class Backend:
         )
         for record in records:
             log.debug("graph %d: %s: %s", number, record.name, record.reason or "rewritten")
-        torch_internals.trace_artifact(f"gws_compile_before_{number}", gm.print_readable(print_output=False))
-        torch_internals.trace_artifact(f"gws_compile_after_{number}", rewritten.print_readable(print_output=False))
+        for name, graph in (("before", gm), ("after", rewritten)):
+            torch_internals.trace_artifact(
+                f"gws_compile_{name}_{number}", partial(graph.print_readable, print_output=False)
+            )
 
         layout = input_layout(rewritten)
         extra = [
@@ -119,38 +119,6 @@ class Backend:
         if inner == "inductor":
             return torch_internals.inductor_compile(gm, inputs, mode=mode, options=options)
         return torch_internals.named_compile(inner, gm, inputs)
-
-    def _check(self, weights: Sequence[Weight], records: Sequence[WeightRecord], *, has_parameters: bool) -> None:
-        """Warn of settings without effect, or refuse them under ``strict``."""
-        config = self.config
-        patterns = [("include", p) for p in config.include or ()]
-        if config.exclude != DEFAULT_EXCLUDE:
-            patterns += [("exclude", p) for p in config.exclude]
-        for setting, pattern in patterns:
-            if any(first_match(w.name, (pattern,)) for w in weights):
-                self._matched.add(pattern)
-            elif records and pattern not in self._matched:
-                names = ", ".join(r.name for r in records[:8]) + (", ..." if len(records) > 8 else "")
-                self._warn(f"{setting}={pattern!r} has matched no weight so far; this graph's weights are: {names}")
-        for record in records:
-            if record.rewritten or config.include is None or first_match(record.name, config.include) is None:
-                continue
-            message = f"{record.name} matches include, but is left alone: {record.reason}"
-            if config.strict:
-                raise ValueError(message)
-            self._warn(message)
-        if any(r.rewritten for r in (*self._records, *records)):
-            return
-        reasons = "; ".join(f"{r.name}: {r.reason}" for r in records[:8]) or "it has no weight matrices"
-        if config.strict:
-            raise ValueError(f"strict=True, and no weight was rewritten ({reasons})")
-        if has_parameters:
-            self._warn(f"no weight has been rewritten so far ({reasons})")
-
-    def _warn(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, GwsWarning, stacklevel=2)
 
     def report(self) -> Report:
         """Every weight seen so far: rewritten, or why not."""

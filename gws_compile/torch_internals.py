@@ -128,10 +128,10 @@ def mark_recompute(node: fx.Node, group: int) -> None:
     node.meta["ac_graph_id"] = group
 
 
-def trace_artifact(name: str, text: str) -> None:
-    """Add a text to torch's structured trace (``TORCH_TRACE``), which tlparse shows."""
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Add a text to torch's structured trace (``TORCH_TRACE``), which tlparse shows; made only if there is a trace."""
     trace_structured = _find("torch._logging", "trace_structured")
-    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: text)
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text)
 
 
 def inside_backward() -> bool:

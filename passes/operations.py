@@ -49,6 +49,12 @@ _OPERAND_NAMES: dict[str, tuple[int, str]] = {
     "b": (1, "tensordot"),
 }
 
+# Reads that autocast runs in its lower-precision dtype on every device.
+AUTOCAST = frozenset(
+    "linear matmul mm bmm addmm addbmm baddbmm einsum conv1d conv2d conv3d conv_transpose1d conv_transpose2d "
+    "conv_transpose3d".split()
+)
+
 CONVOLUTIONS = frozenset(name for name in READS if name.startswith("conv"))
 
 # The value of their first operand goes on, in another shape or dtype or in part.

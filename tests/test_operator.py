@@ -1,0 +1,118 @@
+"""The operator: its registration, its gradient, and the C++ code that Inductor makes of it."""
+
+import math
+import re
+
+import pytest
+import torch
+from support.oracle import assert_bits_equal
+from torch._inductor.utils import run_and_get_code
+
+import gws_compile.lowering  # noqa: F401
+from gws_compile.sampling import OPERATOR_VERSION
+
+KEYS = torch.tensor([[1, 2], [123456789, -987654321]], dtype=torch.int32)
+CLOCK = torch.tensor([7, -1], dtype=torch.int32)
+
+
+def arguments(w, *, fmt="e4m3", bits=5.0, noise="rounded_normal", block=(32, 32), scale="floor", batch_dims=0):
+    keys, clock = (None, None) if noise == "none" else (KEYS, CLOCK)
+    return (w, keys, clock, 1, batch_dims, fmt, bits, noise, list(block), scale, OPERATOR_VERSION)
+
+
+def sample(*args):
+    return torch.ops.gws.sample_weight.default(*args)
+
+
+@pytest.mark.parametrize("noise", ["rounded_normal", "uniform", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_opcheck(noise, dtype):
+    w = torch.randn(40, 50, dtype=dtype, requires_grad=True)
+    torch.library.opcheck(sample, arguments(w, noise=noise))
+
+
+def test_strides_are_kept():
+    for w in (
+        torch.randn(40, 50).t(),
+        torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last),
+        torch.randn(2, 6, 7).transpose(1, 2),
+    ):
+        result = sample(*arguments(w))
+        assert result.stride() == w.stride()
+        # strides change neither blocks nor noise: they follow the logical index
+        assert torch.equal(result, sample(*arguments(w.contiguous())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_is_the_identity(dtype):
+    w = torch.randn(40, 50, dtype=dtype, requires_grad=True)
+    upstream = torch.randn(40, 50, dtype=dtype)
+    sample(*arguments(w, fmt="e2m1")).backward(upstream)
+    assert torch.equal(w.grad, upstream)
+
+
+def test_errors():
+    with torch._subclasses.FakeTensorMode(), pytest.raises(TypeError, match=r"float32.*got torch.float64"):
+        sample(*arguments(torch.empty(4, 4, dtype=torch.float64)))
+    stale = (*arguments(torch.empty(4, 4), noise="none")[:-1], OPERATOR_VERSION - 1)
+    with torch._subclasses.FakeTensorMode(), pytest.raises(RuntimeError, match="the graph was made for 0"):
+        sample(torch.empty(4, 4), *stale[1:])
+
+
+CASES = {
+    "default": {},
+    "fp4, ceil": {"fmt": "e2m1", "bits": 3.0, "scale": "ceil"},
+    "uniform, no scale": {"fmt": "e5m2", "noise": "uniform", "bits": 4.5, "scale": ""},
+    "cast only": {"fmt": "e3m2", "noise": "none"},
+    "bf16 grid": {"fmt": "e8m7", "bits": 9.0},
+    "identity": {"fmt": "e8m23", "noise": "none"},
+    "odd blocks": {"fmt": "e4m7", "bits": 9.0, "block": (7, 40)},
+    "23 mantissa bits": {"fmt": "e7m23", "bits": 24.0},
+}
+
+
+def test_compiled_equals_eager():
+    """All cases in one compiled function: bit for bit, partial blocks, NaN, Inf and zero blocks included."""
+    torch.manual_seed(0)
+    w = torch.randn(100, 72) * 0.02
+    w[40, 40], w[70, 5], w[:32, 32:64] = float("nan"), float("-inf"), 0
+    inputs = [
+        (w.to(torch.bfloat16 if i % 3 == 2 else torch.float16 if i % 3 == 1 else torch.float32), settings, 0)
+        for i, settings in enumerate(CASES.values())
+    ]
+    inputs += [
+        (torch.randn(3, 40, 33), {}, 1),
+        (torch.randn(8, 10, 3, 3), {}, 0),
+        (torch.randn(8, 10, 3, 3).to(memory_format=torch.channels_last), {"noise": "uniform"}, 0),
+        (torch.randn(40, 70).t(), {}, 0),
+        (torch.randn(2, 3, 16, 33), {"block": (4, 7)}, 2),
+    ]
+
+    def run(weights):
+        return [sample(*arguments(x, **s, batch_dims=b)) for x, (_, s, b) in zip(weights, inputs, strict=True)]
+
+    weights = [x for x, _, _ in inputs]
+    expected = run(weights)
+    compiled, (code,) = run_and_get_code(torch.compile(run, fullgraph=True), weights)
+    assert "torch.ops.gws" not in code
+    for got, want in zip(compiled, expected, strict=True):
+        assert got.stride() == want.stride()
+        assert_bits_equal(got, want)
+
+
+def test_generated_cpp_code():
+    """One kernel for the sample and its bf16 cast, vectorized, and no float32 copy of the sampled weight."""
+    w = torch.randn(256, 512)
+
+    def run(w):
+        return sample(*arguments(w)).to(torch.bfloat16)
+
+    result, (code,) = run_and_get_code(torch.compile(run, fullgraph=True), w)
+    assert_bits_equal(result, sample(*arguments(w)).to(torch.bfloat16))
+    assert "torch.ops.gws" not in code
+    assert len(re.findall(r"^cpp_fused\w+ = async_compile", code, re.M)) == 1
+    # buffers: the 8 x 16 block maxima and the bfloat16 result
+    buffers = re.findall(r"= empty_strided_cpu\(\(([^)]*)\), \([^)]*\), torch\.(\w+)\)", code)
+    assert [(shape, dtype) for shape, dtype in buffers if dtype != "float32"] == [("256, 512", "bfloat16")]
+    assert [math.prod(map(int, shape.split(", "))) for shape, dtype in buffers if dtype == "float32"] == [8 * 16]
+    assert "at::vec::Vectorized<int32_t>::arange" in code  # the element index, and so the hash, in vectors
