@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import struct
 
+import torch
+
 from .formats import FloatFormat
 from .primitives import Primitives, Value, wrap_int32
 
@@ -26,13 +28,29 @@ def float32_bits(value: float) -> int:
     return int(struct.unpack("<I", struct.pack("<f", value))[0])
 
 
-def scale_exponent_range(fmt: FloatFormat) -> tuple[int, int]:
-    """Smallest and largest exponent of a block scale.
+STORAGE = {torch.float32: (127, 23), torch.bfloat16: (127, 7), torch.float16: (15, 10)}
+"""Weight dtype -> its largest exponent and its mantissa bits: what the result has to fit into."""
 
-    From below, the grid's smallest value stays at or above 2**-124, a normal float32; from above, its largest value
-    stays finite. Blocks whose maximum is so small (2**-107 for fp8_e4m3) use the lower part of the grid.
+
+def scale_exponent_range(fmt: FloatFormat, dtype: torch.dtype = torch.float32) -> tuple[int, int]:
+    """Smallest and largest exponent of a block scale X.
+
+    X and 1 / X are normal float32 values. From below, the grid's smallest value stays at or above 2**-124, a normal
+    float32; from above, its largest value stays finite in the weight's dtype. Blocks whose maximum is so small (2**-107
+    for fp8_e4m3) use the lower part of the grid.
     """
-    return max(-126, -124 - (fmt.emin - fmt.mantissa_bits)), min(126, 127 - fmt.emax)
+    return max(-126, -124 - (fmt.emin - fmt.mantissa_bits)), min(126, STORAGE[dtype][0] - fmt.emax)
+
+
+def largest_value(fmt: FloatFormat, scale: str | None, dtype: torch.dtype) -> float:
+    """Where ``|y| / X`` saturates: the format's maximum, or what the weight's dtype can hold of it."""
+    emax, mantissa_bits = STORAGE[dtype]
+    drop = max(fmt.mantissa_bits - mantissa_bits, 0)
+    truncated = float32_bits(fmt.max) >> (23 - fmt.mantissa_bits + drop) << (23 - fmt.mantissa_bits + drop)
+    scaled = fmt.scaled and scale is not None
+    if scaled or fmt.emax <= emax:
+        return bits_float32(truncated)
+    return (2 - 2.0 ** -min(fmt.mantissa_bits, mantissa_bits)) * 2.0**emax
 
 
 def needs_block_maximum(fmt: FloatFormat, scale: str | None, noise: str) -> bool:
@@ -40,7 +58,12 @@ def needs_block_maximum(fmt: FloatFormat, scale: str | None, noise: str) -> bool
     return noise != "none" or (scale is not None and fmt.scaled)
 
 
-def scale_bits(p: Primitives, amax: Value, fmt: FloatFormat, scale: str) -> Value:
+def bits_float32(bits: int) -> float:
+    """The non-negative float32 value with these bits."""
+    return float(struct.unpack("<f", struct.pack("<I", bits))[0])
+
+
+def scale_bits(p: Primitives, amax: Value, fmt: FloatFormat, scale: str, dtype: torch.dtype = torch.float32) -> Value:
     """Bits of the block scale X, a power of two (an int32 with only exponent bits).
 
     Args:
@@ -48,18 +71,20 @@ def scale_bits(p: Primitives, amax: Value, fmt: FloatFormat, scale: str) -> Valu
         amax: float32 block maximum of ``|w|``.
         fmt: the element format.
         scale: ``"floor"``, ``2**(floor(log2 amax) - emax)`` (OCP MX v1.0, section 6.3), or ``"ceil"``, the smallest
-            power of two with ``amax / X <= max``.
+            power of two with ``amax / X <= max``; both within `scale_exponent_range`.
+        dtype: the weight's.
     """
     bits = p.float_bits(amax)
     if scale == "ceil":
         # Carry into the exponent when the block maximum's fraction is above the format maximum's.
         bits = p.iadd(bits, _FRACTION - (float32_bits(fmt.max) & _FRACTION))
-    low, high = scale_exponent_range(fmt)
-    exponent = p.isub(p.iand(bits, _EXPONENT), fmt.emax << 23)
-    return p.imin(p.imax(exponent, (low + 127) << 23), (high + 127) << 23)
+    low, high = scale_exponent_range(fmt, dtype)
+    # Limited before emax goes off, or a negative emax would carry the exponent out of int32.
+    exponent = p.imax(p.iand(bits, _EXPONENT), (low + 127 + fmt.emax) << 23)
+    return p.isub(p.imin(exponent, (high + 127 + fmt.emax) << 23), fmt.emax << 23)
 
 
-def cast(p: Primitives, y: Value, amax: Value | None, fmt: FloatFormat, scale: str | None) -> Value:
+def cast(p: Primitives, y: Value, amax: Value | None, fmt: FloatFormat, scale: str | None, dtype: torch.dtype) -> Value:
     """Round ``y`` to the nearest value of the block's grid: ties to even, subnormals kept, saturating.
 
     Args:
@@ -68,20 +93,24 @@ def cast(p: Primitives, y: Value, amax: Value | None, fmt: FloatFormat, scale: s
         amax: float32 block maximum, or None where `needs_block_maximum` says no.
         fmt: the element format.
         scale: see `scale_bits`; None for X = 1.
+        dtype: the weight's; the result is finite in it.
 
     Returns:
         float32 on the grid. NaN wherever ``amax`` is NaN or Inf; without ``amax``, where ``y`` is.
     """
     if fmt.scaled and scale is not None:
-        x_bits = scale_bits(p, amax, fmt, scale)
+        x_bits = scale_bits(p, amax, fmt, scale, dtype)
         inverse = p.bits_float(p.isub(254 << 23, x_bits))
         q = p.float_bits(p.fmul(y, inverse))
     else:
         x_bits = 127 << 23
         q = p.float_bits(y)
     magnitude = p.iand(q, _MAGNITUDE)
-    rounded = _round_scaled(p, magnitude, fmt) if fmt.scaled else _round_wide(p, magnitude, fmt.mantissa_bits)
-    rounded = p.imin(rounded, float32_bits(fmt.max))
+    largest = float32_bits(largest_value(fmt, scale, dtype))
+    if fmt.scaled:
+        rounded = _round_scaled(p, p.imin(magnitude, largest), fmt)
+    else:
+        rounded = p.imin(_round_wide(p, magnitude, fmt.mantissa_bits), largest)
     if amax is None:
         rounded = p.iselect(p.ilt(magnitude, _EXPONENT), rounded, _NAN)
         return p.bits_float(p.ior(rounded, p.iand(q, _SIGN)))
@@ -96,11 +125,10 @@ def _round_scaled(p: Primitives, magnitude: Value, fmt: FloatFormat) -> Value:
     """Round the bits of ``|y| / X``: adding and subtracting ``c = 2**(e + 23 - M)`` leaves M bits behind exponent e.
 
     ``e`` is that of the value, not below the format's smallest normal exponent. Both sums stay below ``2 c`` because
-    ``M <= 22``; they are saturated first, so ``c`` does not overflow.
+    ``M <= 22``; the value comes saturated, so ``c`` does not overflow.
     """
     m = fmt.mantissa_bits
     smallest = float32_bits(fmt.min_normal)
-    magnitude = p.imin(magnitude, float32_bits(fmt.max))
     if m == 23:  # float32's own precision: only what lies below the smallest normal value is rounded
         c = p.fselect(p.ilt(magnitude, smallest), fmt.min_normal, 0.0)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+from .cast import STORAGE
 from .config import DEFAULT_EXCLUDE, Config
 from .names import first_match
 from .passes import Weight
@@ -45,6 +46,7 @@ class Checks:
                     self._say_unmatched("exclude", pattern, weights)
         if any(w.reason is None for w in weights):
             self._any_rewritten = True
+        self._check_precision([w for w in weights if w.reason is None])
         if not self._any_rewritten:
             what = _list(weights) or "it has no weight matrices"
             if config.strict:
@@ -77,6 +79,16 @@ class Checks:
             if self._config.strict:
                 raise ValueError(message)
             self._say(message)
+
+    def _check_precision(self, weights: Sequence[Weight]) -> None:
+        fmt = self._config.fmt
+        for dtype in dict.fromkeys(w.dtype for w in weights):
+            if self._config.noise != "none" and fmt.mantissa_bits > STORAGE[dtype][1]:
+                name = str(dtype).removeprefix("torch.")
+                self._say(
+                    f"fmt={fmt.name!r} has {fmt.mantissa_bits} mantissa bits, but the weights are {name}, which holds "
+                    f"{STORAGE[dtype][1]}: the sampled weights are rounded to {name}"
+                )
 
     def _say_unmatched(self, setting: str, pattern: str, weights: Sequence[Weight]) -> None:
         if f"{setting}={pattern}" in self._effective:

@@ -44,6 +44,8 @@ class FloatFormat:
 
     def __post_init__(self) -> None:
         _check_widths(self.exponent_bits, self.mantissa_bits)
+        if not isinstance(self.bias, int):
+            raise ValueError(f"an exponent bias is an int, got {self.bias!r}")
         if self.exponent_bits == 8:
             if self.bias != 127:
                 raise ValueError(f"a format with 8 exponent bits is held in float32 and has bias 127, got {self.bias}")
@@ -147,7 +149,7 @@ class FloatFormat:
 
 def _check_widths(exponent_bits: int, mantissa_bits: int) -> None:
     for label, value, limit in (("exponent", exponent_bits, 8), ("mantissa", mantissa_bits, 23)):
-        if not isinstance(value, int) or not 1 <= value <= limit:
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
             raise ValueError(f"a float format has 1 to {limit} {label} bits, got {value!r}; e.g. 'e3m2' has 3 and 2")
 
 

@@ -177,7 +177,7 @@ def _lower(
             key = (load_keys([row, 0]), load_keys([row, 1]))
             word = random_word(p, linear, key, load_clock([0]))
             y = add_noise(p, noise, y, amax, bits, word, load_clock([1]))
-        return ind.ops.to_dtype(cast(p, y, amax, element_format, scale or None), w.get_dtype())
+        return ind.ops.to_dtype(cast(p, y, amax, element_format, scale or None, w.get_dtype()), w.get_dtype())
 
     return ind.Pointwise.create(device=w.get_device(), dtype=w.get_dtype(), inner_fn=element, ranges=list(shape))
 

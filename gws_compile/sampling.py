@@ -68,16 +68,18 @@ def sample_eager(
     scale: str | None,
 ) -> torch.Tensor:
     """The eager kernel; arguments as in `sample_weight`."""
+    if not w.numel():
+        return torch.empty_like(w)
     p = TorchPrimitives()
     m, r, c = matrix_shape(w.shape, batch_dims)
     y = w.detach().reshape(m, r, c).to(torch.float32)
     amax = None
-    if needs_block_maximum(fmt, scale, noise) and y.numel():
+    if needs_block_maximum(fmt, scale, noise):
         amax = block_maximum(y, block)
         rows = torch.arange(r, device=w.device) // block[0]
         cols = torch.arange(c, device=w.device) // block[1]
         amax = amax[:, rows[:, None], cols]
-    if noise != "none" and y.numel():
+    if noise != "none":
         assert keys is not None
         assert clock is not None
         assert amax is not None
@@ -87,7 +89,7 @@ def sample_eager(
         index = index.to(torch.int32).view(m, r, c)
         word = random_word(p, index, (keys[row, 0], keys[row, 1]), clock[0])
         y = add_noise(p, noise, y, amax, bits, word, clock[1])
-    result = cast(p, y, amax, fmt, scale).to(w.dtype).view(w.shape)
+    result = cast(p, y, amax, fmt, scale, w.dtype).to(w.dtype).view(w.shape)
     return torch.empty_like(w).copy_(result)
 
 

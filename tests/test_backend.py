@@ -304,6 +304,10 @@ def test_warnings_for_settings_without_effect():
         compile_with(include=["fc.*", "lm_head.weight"])
     with pytest.warns(gws_compile.GwsWarning, match="no weight has been rewritten so far: fc.weight: matches the excl"):
         compile_with(exclude=["*"])
+    with pytest.warns(gws_compile.GwsWarning, match="'fp15_e4m10' has 10 mantissa bits, but the weights are bfloat16"):
+        model.bfloat16()
+        torch._dynamo.reset()
+        torch.compile(model, backend=gws_compile.backend("e4m10", inner="eager"))(torch.ones(2, 4).bfloat16())
 
 
 def test_strict():

@@ -23,8 +23,10 @@ OCP = ["float8_e4m3fn", "float8_e5m2", "float4_e2m1fn", "float6_e3m2fn", "float6
 SCALES = ["floor", "ceil", None]
 MANTISSAS = (1, 2, 3, 7, 10, 15, 21, 22, 23)
 FLOAT32_MAX = np.finfo(np.float32).max
-# More bits than float32 can lose, a saturating format, one with a reserved exponent, one exponent bit, no OCP maximum.
-SPREAD = [FloatFormat.parse(f) for f in ("e2m1", "e4m3", "e5m2", "e1m3", "e4m3b11", "e4m3x240", "e7m23", "e3m22")]
+# The common ones, and: one exponent bit, other biases, largest exponent 0, a smaller maximum, as many bits as float32.
+SPREAD = [
+    FloatFormat.parse(f) for f in ("e2m1", "e4m3", "e5m2", "e1m3", "e4m3b11", "e2m1b3", "e4m3x240", "e7m23", "e3m22")
+]
 
 
 def ml_dtypes_cast(w: np.ndarray, name: str) -> np.ndarray:
@@ -180,11 +182,12 @@ def test_every_magnitude_agrees_with_the_definition(fmt, scale):
         assert_bits_equal(quantize(torch.from_numpy(w), fmt, block, scale), quantize_oracle(w, fmt, block, scale))
 
 
-@pytest.mark.xfail(strict=True, reason="emax - 127 leaves int32 where the format's largest exponent is below -1")
-def test_a_scale_beyond_the_range_is_clamped_for_large_biases():
-    fmt = FloatFormat.make(2, 1, bias=80)
-    w = np.array([[2.0**exponent] for exponent in range(-126, 128)], np.float32)
-    assert_bits_equal(quantize(torch.from_numpy(w), fmt, (1, 1)), quantize_oracle(w, fmt, (1, 1)))
+@pytest.mark.parametrize(("bias", "scale"), [(4, "ceil"), (5, "floor"), (80, "floor"), (80, "ceil")])
+def test_the_range_of_the_scale_holds_for_large_biases(bias, scale):
+    fmt = FloatFormat.make(2, 1, bias=bias)
+    w = random_floats((255, 2), 14)
+    w[:, 0] = 1.75 * 2.0 ** np.clip(np.arange(255.0) - 127, -126, 127)
+    assert_bits_equal(quantize(torch.from_numpy(w), fmt, (1, 1), scale), quantize_oracle(w, fmt, (1, 1), scale))
 
 
 @pytest.mark.parametrize("block", [(32, 32), (1, 16), (16, 1), (7, 5), (1, 1), (1000, 3), (1000, 1000)], ids=str)
@@ -196,10 +199,7 @@ def test_shapes_and_blocks(shape, block):
         assert_bits_equal(actual, quantize_oracle(w, FORMATS[name], block, scale))
 
 
-@pytest.mark.parametrize(
-    "scale",
-    [pytest.param("floor", marks=pytest.mark.xfail(strict=True, raises=AttributeError, reason="amax is None")), None],
-)
+@pytest.mark.parametrize("scale", ["floor", None])
 @pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0), (2, 0, 3), (0, 2, 3), (0, 3, 2, 2)])
 def test_empty_tensors(shape, scale):
     assert_bits_equal(
@@ -219,7 +219,6 @@ def test_narrow_weights_are_cast_in_float32(dtype, scale):
         assert actual.dtype == dtype
 
 
-@pytest.mark.xfail(strict=True, reason="the float32 result overflows float16")
 @pytest.mark.parametrize(("fmt", "scale"), [("e4m3", "ceil"), ("e2m1", "ceil"), ("bf16", "floor"), ("e6m3", None)])
 def test_the_largest_float16_weights_stay_finite(fmt, scale):
     w = torch.tensor([[65504.0, -65504.0]], dtype=torch.float16)
@@ -322,14 +321,18 @@ def test_default_dtype_changes_nothing():
 
 
 @pytest.mark.parametrize("noise", ["rounded_normal", "uniform"])
-@pytest.mark.parametrize(("fmt", "scale"), [("e4m3", "floor"), ("e2m1", "ceil"), ("e3m2", None), ("bf16", "floor")])
+@pytest.mark.parametrize(
+    ("fmt", "scale"), [("e4m3", "floor"), ("e2m1", "ceil"), ("e3m2", None), ("e6m23", "floor"), ("bf16", None)]
+)
 def test_noise_is_cast_on_the_grid_of_the_weight_itself(fmt, scale, noise):
-    # A block scale of the noisy value would differ in a third of the blocks.
+    # Half a block maximum of noise: a block scale read from the noisy values would be another one.
     w = random_floats((64, 96), 13, (-8, 1))
-    w[:32, 32:64] *= np.float32(2.0**126)  # where noise overflows float32, it saturates
+    w[:32, 32:64] *= np.float32(2.0**126)  # noise overflows float32 here, and saturates
     fmt = FloatFormat.parse(fmt)
-    actual = sample(torch.from_numpy(w), fmt, key=(1, 2**32 - 1), step=3, noise=noise, block=(8, 8), scale=scale)
-    assert_bits_equal(actual, sample_oracle(w, (1, 2**32 - 1), 3, fmt, fmt.noise_bits, noise, (8, 8), scale))
+    actual = sample(
+        torch.from_numpy(w), fmt, key=(1, 2**32 - 1), step=3, bits=2.5, noise=noise, block=(8, 8), scale=scale
+    )
+    assert_bits_equal(actual, sample_oracle(w, (1, 2**32 - 1), 3, fmt, 2.5, noise, (8, 8), scale))
     assert actual.isfinite().all()
 
 
