@@ -96,14 +96,9 @@ class Backend:
             )
 
         layout = input_layout(rewritten)
-        extra = [
-            tensor
-            for device, positions in layout.positions.items()
-            for tensor in (
-                torch.zeros(len(positions), 2, dtype=torch.int32, device=device),
-                self._clock.tensor(device),
-            )
-        ]
+        # Fake tensors of fixed shape: AOTAutograd gives real inputs without a source symbolic sizes.
+        added = rewritten.graph.find_nodes(op="placeholder")[len(example_inputs) :]
+        extra = [torch_internals.example_value(node) for node in added]
         compiled = self._compile(rewritten, [*example_inputs, *extra], mode, options)
         return _Runtime(compiled, layout, self._registry, self._clock, config) if extra else compiled
 

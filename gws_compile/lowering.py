@@ -160,6 +160,7 @@ def _lower(
     w.realize()
     shape = w.get_size()
     numel = ind.product(shape)
+    _, rows, cols = matrix_shape(shape, batch_dims)
     load = w.make_loader()
     load_amax = None
     if needs_block_maximum(element_format, scale or None, noise):
@@ -171,7 +172,7 @@ def _lower(
         y = ind.ops.to_dtype(load(index), torch.float32)
         amax = None
         if load_amax is not None:
-            amax = load_amax([matrix, ind.floordiv(r, block[0]), ind.floordiv(c, block[1])])
+            amax = load_amax([matrix, ind.block_index(r, rows, block[0]), ind.block_index(c, cols, block[1])])
         if load_keys is not None and load_clock is not None:
             linear = ind.linear_int32(index, shape, numel)
             key = (load_keys([row, 0]), load_keys([row, 1]))

@@ -18,7 +18,7 @@ from .formats import FloatFormat
 from .noise import add_noise, random_word
 from .primitives import TorchPrimitives
 
-OPERATOR_VERSION = 1
+OPERATOR_VERSION = 2
 """Part of every call's arguments. Compile caches see a graph's arguments, not the lowering's source: raise it whenever
 noise, cast or lowering change what they compute."""
 

@@ -198,6 +198,17 @@ def inductor() -> SimpleNamespace:
             return ops.index_expr(total, torch.int32)
         return ops.to_dtype(ops.index_expr(total, torch.int64), torch.int32, src_dtype=torch.int64)
 
+    def block_index(index: Any, size: Any, side: int) -> Any:
+        """``index // side``, for an index below ``size``.
+
+        ``CppScheduling.try_loop_split`` (torch 2.13) splits a loop over n, in whose body one ``index // d`` stands,
+        into n // d times d iterations: where d does not divide n the last n % d are never run. It looks for a loop variable
+        as the dividend, so in that case the same number is written with another one.
+        """
+        if size % side == 0:
+            return floordiv(sympy.sympify(index), sympy.Integer(side))
+        return floordiv(2 * sympy.sympify(index) + 1, sympy.Integer(2 * side))
+
     def register_lowering(op: Any, fn: Callable[..., Any]) -> None:
         if op not in lowerings:
             register(op, type_promotion_kind=None)(fn)
@@ -206,10 +217,10 @@ def inductor() -> SimpleNamespace:
         ops=ops,
         Pointwise=_find("torch._inductor.ir", "Pointwise"),
         amax=lambda x, dims: lowerings[torch.ops.aten.amax.default](x, dims),
-        floordiv=lambda a, b: floordiv(sympy.sympify(a), sympy.Integer(b)),
         ceildiv=lambda a, b: floordiv(sympy.sympify(a) + (b - 1), sympy.Integer(b)),
         product=product,
         unflatten=unflatten,
         linear_int32=linear_int32,
+        block_index=block_index,
         register_lowering=register_lowering,
     )

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import pytest
 import torch
@@ -58,6 +59,17 @@ def test_the_weight_that_a_linear_uses(inner):
     weight.requires_grad_(False)
     assert torch.equal(used_weight(compiled), cast)
     assert len(backend.graphs) == 3  # training, no_grad, frozen: switching noise and stepping compiled nothing
+
+
+def test_keys_have_fixed_sizes_in_the_compiled_code():
+    from torch._inductor.utils import run_and_get_code
+
+    compiled = torch.compile(Tied(), backend=gws_compile.backend(), dynamic=None)
+    with torch.no_grad():
+        compiled(torch.eye(40))
+    _, (code, *_) = run_and_get_code(compiled, torch.eye(40))
+    assert "assert_size_stride(primals_3, (1, 2), (2, 1)" in code
+    assert not re.search(r"\bs\d+\b", code)
 
 
 def test_manual_steps_make_one_draw_together_with_an_optimizer():
@@ -294,7 +306,9 @@ def test_warnings_for_settings_without_effect():
 
     def compile_with(**settings):
         torch._dynamo.reset()
-        torch.compile(model, backend=gws_compile.backend(inner="eager", **settings))(torch.ones(2, 4))
+        torch.compile(model, backend=gws_compile.backend(inner="eager", **settings))(
+            torch.ones(2, 4, dtype=model.fc.weight.dtype)
+        )
 
     with pytest.warns(gws_compile.GwsWarning, match=r"include='\*.mlp.\*' has matched no weight so far.*fc.weight, lm"):
         compile_with(include=["fc.*", "*.mlp.*"])
@@ -304,10 +318,9 @@ def test_warnings_for_settings_without_effect():
         compile_with(include=["fc.*", "lm_head.weight"])
     with pytest.warns(gws_compile.GwsWarning, match="no weight has been rewritten so far: fc.weight: matches the excl"):
         compile_with(exclude=["*"])
+    model.bfloat16()
     with pytest.warns(gws_compile.GwsWarning, match="'fp15_e4m10' has 10 mantissa bits, but the weights are bfloat16"):
-        model.bfloat16()
-        torch._dynamo.reset()
-        torch.compile(model, backend=gws_compile.backend("e4m10", inner="eager"))(torch.ones(2, 4).bfloat16())
+        compile_with(fmt="e4m10")
 
 
 def test_strict():
