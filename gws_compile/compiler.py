@@ -100,7 +100,7 @@ class Backend:
         added = rewritten.graph.find_nodes(op="placeholder")[len(example_inputs) :]
         extra = [torch_internals.example_value(node) for node in added]
         compiled = self._compile(rewritten, [*example_inputs, *extra], mode, options)
-        return _Runtime(compiled, layout, self._registry, self._clock, config) if extra else compiled
+        return _Runtime(compiled, layout, extra, self._registry, self._clock, config) if extra else compiled
 
     def _compile(
         self, gm: fx.GraphModule, inputs: Sequence[Any], mode: str | None, options: dict[str, Any] | None
@@ -181,9 +181,16 @@ class _Runtime:
     """The compiled graph with its keys and clock: looked up by the Parameters that come in, at each call."""
 
     def __init__(
-        self, compiled: Callable[..., Any], layout: InputLayout, registry: KeyRegistry, clock: Clock, config: Config
+        self,
+        compiled: Callable[..., Any],
+        layout: InputLayout,
+        examples: Sequence[Any],
+        registry: KeyRegistry,
+        clock: Clock,
+        config: Config,
     ) -> None:
         self._compiled = compiled
+        self._examples = examples
         self._clock = clock
         self._forward = config.resample == "forward"
         self._tables = [
@@ -192,6 +199,10 @@ class _Runtime:
         ]
 
     def __call__(self, *args: Any) -> Any:
+        if any(torch_internals.is_fake(args[i]) for _, positions, _ in self._tables for i in positions):
+            # DDP's graph splitting runs the graph once on fake tensors, which are nobody's weights; and a clock made
+            # now would be a fake tensor too.
+            return self._compiled(*args, *self._examples)
         if not torch_internals.inside_backward():
             if self._forward:
                 self._clock.tick()
@@ -204,12 +215,7 @@ class _Runtime:
             )
         extra = []
         for device, positions, table in self._tables:
-            weights = [args[i] for i in positions]
-            if any(torch_internals.is_fake(w) for w in weights):
-                # DDP's graph splitting runs the graph on fake tensors; they are no weights of anyone.
-                extra += [torch.zeros(len(weights), 2, dtype=torch.int32, device=device), self._clock.tensor(device)]
-            else:
-                extra += [table(weights), self._clock.tensor(device)]
+            extra += [table([args[i] for i in positions]), self._clock.tensor(device)]
         return self._compiled(*args, *extra)
 
 

@@ -22,6 +22,7 @@ class UnsupportedTorchError(RuntimeError):
     """A private torch API is not where the checked versions have it."""
 
 
+@cache
 def _find(module: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
@@ -202,8 +203,8 @@ def inductor() -> SimpleNamespace:
         """``index // side``, for an index below ``size``.
 
         ``CppScheduling.try_loop_split`` (torch 2.13) splits a loop over n, in whose body one ``index // d`` stands,
-        into n // d times d iterations: where d does not divide n the last n % d are never run. It looks for a loop variable
-        as the dividend, so in that case the same number is written with another one.
+        into n // d times d iterations: where d does not divide n the last n % d are never run. It looks for a loop
+        variable as the dividend, so in that case the same number is written with another one.
         """
         if size % side == 0:
             return floordiv(sympy.sympify(index), sympy.Integer(side))
