@@ -100,7 +100,9 @@ class Backend:
         added = rewritten.graph.find_nodes(op="placeholder")[len(example_inputs) :]
         extra = [torch_internals.example_value(node) for node in added]
         compiled = self._compile(rewritten, [*example_inputs, *extra], mode, options)
-        return _Runtime(compiled, layout, extra, self._registry, self._clock, config) if extra else compiled
+        if not layout.trainable:
+            return compiled  # nothing depends on the call
+        return _Runtime(compiled, layout, extra, self._registry, self._clock, config)
 
     def _compile(
         self, gm: fx.GraphModule, inputs: Sequence[Any], mode: str | None, options: dict[str, Any] | None
@@ -191,6 +193,7 @@ class _Runtime:
     ) -> None:
         self._compiled = compiled
         self._examples = examples
+        self._trainable = layout.trainable
         self._clock = clock
         self._forward = config.resample == "forward"
         self._tables = [
@@ -203,6 +206,14 @@ class _Runtime:
             # DDP's graph splitting runs the graph once on fake tensors, which are nobody's weights; and a clock made
             # now would be a fake tensor too.
             return self._compiled(*args, *self._examples)
+        for position, name, trainable in self._trainable:
+            if args[position].requires_grad != trainable:
+                # torch 2.11 does not guard on it; 2.13 does, and traces a new graph before it gets here.
+                before, now = ("trainable", "frozen") if trainable else ("frozen", "trainable")
+                raise RuntimeError(
+                    f"{name} was {before} when its graph was compiled and is {now} now; torch {torch.__version__} does "
+                    "not compile again by itself: call torch._dynamo.reset() after changing requires_grad"
+                )
         if not torch_internals.inside_backward():
             if self._forward:
                 self._clock.tick()

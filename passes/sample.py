@@ -28,10 +28,12 @@ class InputLayout:
     Attributes:
         positions: per device, the input positions of the weights whose keys are the rows.
         names: per device, those weights' qualified names.
+        trainable: input position, name and ``requires_grad`` of each rewritten weight, where noise depends on it.
     """
 
     positions: dict[torch.device, tuple[int, ...]]
     names: dict[torch.device, tuple[str, ...]]
+    trainable: tuple[tuple[int, str, bool], ...]
 
 
 def input_layout(gm: fx.GraphModule) -> InputLayout:
@@ -88,7 +90,9 @@ def sample_weights(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config:
         if isinstance(module, fx.GraphModule):
             module.graph.lint()
             module.recompile()
-    gm.meta[_LAYOUT] = InputLayout(positions, names)
+    training = config.noise != "none" and torch.is_grad_enabled()
+    trainable = tuple((w.position, w.name, w.trainable) for w in chosen) if training else ()
+    gm.meta[_LAYOUT] = InputLayout(positions, names, trainable)
     return gm
 
 
