@@ -1,14 +1,19 @@
 """The operator: its registration, its gradient, and the C++ code that Inductor makes of it."""
 
+import ast
+import hashlib
 import math
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from support.oracle import assert_bits_equal
 from torch._inductor.utils import run_and_get_code
 
-import gws_compile.lowering  # noqa: F401
+import gws_compile.lowering
+from gws_compile import cast, formats, noise, primitives, sampling
 from gws_compile.sampling import OPERATOR_VERSION
 
 KEYS = torch.tensor([[1, 2], [123456789, -987654321]], dtype=torch.int32)
@@ -49,6 +54,24 @@ def test_gradient_is_the_identity(dtype):
     upstream = torch.randn(40, 50, dtype=dtype)
     sample(*arguments(w, fmt="e2m1")).backward(upstream)
     assert torch.equal(w.grad, upstream)
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="other Python versions print the same code differently")
+def test_version_is_raised_with_the_code():
+    """Compile caches tell versions apart by the operator's version alone: change it with what is computed."""
+    sources = [Path(m.__file__) for m in (cast, formats, noise, primitives, sampling, gws_compile.lowering)]
+    code = [
+        re.sub(r"OPERATOR_VERSION = \d+", "", ast.unparse(_Bare().visit(ast.parse(p.read_text())))) for p in sources
+    ]
+    digest = hashlib.sha256("".join(code).encode()).hexdigest()[:16]
+    assert (OPERATOR_VERSION, digest) == (2, "a4154a2e97e708e9")
+
+
+class _Bare(ast.NodeTransformer):
+    """Drops docstrings; comments and layout are no part of the tree."""
+
+    def visit_Expr(self, node):
+        return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node
 
 
 def test_errors():
