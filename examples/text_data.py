@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "l
 
 
 class TextError(ValueError):
-    """The text cannot be trained on; the message says why, for the user."""
+    """The text cannot be trained on; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,12 @@ class Text:
     train: torch.Tensor
     held_out: torch.Tensor
 
-    def batches(self, batch: int, seq: int, *, seed: int) -> torch.utils.data.IterableDataset:
-        """An endless stream of (batch, seq) tokens at random places of the training part; equal seeds, equal stream."""
-        return _RandomCrops(self.train, batch, seq, seed)
+    def batches(self, batch: int, seq: int, *, seed: int) -> Iterator[torch.Tensor]:
+        """Endless (batch, seq) tokens from random places of the training part; equal seeds, equal batches."""
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            starts = torch.randint(len(self.train) - seq + 1, (batch, 1), generator=generator)
+            yield self.train[starts + torch.arange(seq)].long()
 
     def held_out_batches(self, batch: int, seq: int, *, limit: int) -> list[torch.Tensor]:
         """At most ``limit`` batches of (batch, seq) tokens, spread evenly over the held-out part, without overlap."""
@@ -46,17 +50,6 @@ class Text:
         count = min(limit, len(rows) // batch)
         chosen = torch.linspace(0, len(rows) - 1, count * batch).long()
         return list(rows[chosen].long().split(batch))
-
-
-class _RandomCrops(torch.utils.data.IterableDataset):
-    def __init__(self, text: torch.Tensor, batch: int, seq: int, seed: int) -> None:
-        self.text, self.batch, self.seq, self.seed = text, batch, seq, seed
-
-    def __iter__(self):  # noqa: ANN204
-        generator = torch.Generator().manual_seed(self.seed)
-        while True:
-            starts = torch.randint(len(self.text) - self.seq + 1, (self.batch, 1), generator=generator)
-            yield self.text[starts + torch.arange(self.seq)].long()
 
 
 def load_text(path: Path | None, *, batch: int, seq: int) -> Text:
@@ -71,7 +64,8 @@ def load_text(path: Path | None, *, batch: int, seq: int) -> Text:
         seq: tokens of a row.
 
     Raises:
-        TextError: no such path, a file that cannot be read, no text, or too little of it.
+        TextError: no such path, or too little text.
+        OSError: a file cannot be read.
     """
     if path is None:
         root = Path(sysconfig.get_path("stdlib"))
@@ -87,8 +81,8 @@ def load_text(path: Path | None, *, batch: int, seq: int) -> Text:
 
     data = bytearray()
     for file in sorted(files, key=lambda f: hashlib.sha256(f.relative_to(root).as_posix().encode()).digest()):
-        content = _read(file)
-        if b"\0" not in content[:8192]:
+        content = file.read_bytes()
+        if file == path or b"\0" not in content[:8192]:
             data += content
         if len(data) >= MAX_BYTES:
             break
@@ -96,8 +90,8 @@ def load_text(path: Path | None, *, batch: int, seq: int) -> Text:
     needed = HELD_OUT_SHARE * batch * seq
     if len(data) < needed:
         raise TextError(
-            f"too little text: {len(data):,} bytes in {len(files)} files of {root if path is None else path}; with "
-            f"batch {batch} and seq {seq} at least {needed:,} are needed, of which a tenth is held out"
+            f"too little text in {path or root}: {len(data):,} bytes; with batch {batch} and seq {seq} at least "
+            f"{needed:,} are needed, of which a tenth is held out"
         )
     text = torch.frombuffer(data, dtype=torch.uint8)
     split = len(text) - len(text) // HELD_OUT_SHARE
@@ -106,10 +100,3 @@ def load_text(path: Path | None, *, batch: int, seq: int) -> Text:
 
 def _hidden(relative: Path) -> bool:
     return any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise TextError(f"cannot read {file}: {error.strerror or error}") from error

@@ -1,0 +1,306 @@
+"""Train a language model as it is, and once more with its weights in a low-precision format, side by side.
+
+The model is Hugging Face's GPT-2 (or Llama), unmodified; the text is the source code of Python's standard library,
+byte by byte. Nothing is downloaded. The two runs differ in one argument:
+
+    torch.compile(model)
+    torch.compile(model, backend=gws_compile.backend(fmt="fp8_e4m3"))
+
+They start from the same weights, see the same batches, and take turns step by step, so that a busy machine slows both
+alike. A table then shows what the format costs: in loss (the held-out loss under a format is that of the cast weights,
+without noise, as they will be deployed) and in tokens per second. The loss curves go to ``out/train_gpt.png``, all
+figures to ``out/train_gpt.json``.
+
+    python examples/train_gpt.py                                     # about 3 minutes on two CPU cores
+    python examples/train_gpt.py --fmt fp8_e4m3 fp6_e3m2 fp4_e2m1    # several formats at once
+    python examples/train_gpt.py --model llama --size small --data my_text/
+
+Needs ``pip install "gws-compile[examples]"``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from loss_plot import Curve, plot_losses
+from small_models import MODELS, build_model
+from tabulate import tabulate
+from text_data import Text
+from tqdm import tqdm
+from train_options import Settings, parse
+
+import gws_compile
+
+HELD_OUT_BATCHES = 8
+HELD_OUT_POINTS = 6
+# Steps that tokens/s leaves out: the first one compiles.
+WARM_UP_STEPS = 5
+
+
+def learning_rate_schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """A linear warm-up over a tenth of the steps, then half a cosine down to a tenth of the rate."""
+    warm_up = max(1, steps // 10)
+
+    def share(step: int) -> float:
+        if step < warm_up:
+            return (step + 1) / warm_up
+        return 0.55 + 0.45 * math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+
+
+@dataclass
+class Run:
+    """One model in training, and what was measured.
+
+    Attributes:
+        name: what table and curves call it.
+        model: the model; no two runs share one.
+        backend: a backend of gws_compile; None for the plain model.
+        train_losses: one per step, in nats per byte.
+        held_out: (step, loss) pairs; under a backend, of the cast weights.
+        cast_afterwards: held-out loss of the plain run's last weights, cast to this run's format.
+        step_seconds: one per step.
+    """
+
+    name: str
+    model: transformers.PreTrainedModel
+    backend: gws_compile.Backend | None
+    settings: Settings
+    train_losses: list[float] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    cast_afterwards: float | None = None
+    step_seconds: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.compiled = torch.compile(self.model, backend=self.backend or self.settings.inner, fullgraph=True)
+        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
+        vectors = [p for p in self.model.parameters() if p.ndim < 2]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+            lr=self.settings.lr,
+            betas=(0.9, 0.95),
+            fused=True,
+        )
+        self.schedule = learning_rate_schedule(self.optimizer, self.settings.steps)
+
+    def loss(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy of the next byte."""
+        with torch.autocast(self.settings.device.type, dtype=torch.bfloat16):
+            return self.compiled(input_ids=tokens, labels=tokens).loss
+
+    def train_step(self, tokens: torch.Tensor) -> None:
+        """One optimizer step on one batch."""
+        start = time.perf_counter()
+        loss = self.loss(tokens)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        self.train_losses.append(loss.item())
+        if tokens.is_cuda:
+            torch.cuda.synchronize()
+        self.step_seconds.append(time.perf_counter() - start)
+
+    @torch.no_grad()
+    def held_out_loss(self, batches: Sequence[torch.Tensor]) -> float:
+        """Mean loss over the batches. Without gradients a gws_compile backend casts the weights and adds no noise."""
+        self.model.eval()
+        losses = [self.loss(tokens).item() for tokens in batches]
+        self.model.train()
+        return statistics.fmean(losses)
+
+    @property
+    def final_train_loss(self) -> float:
+        """Mean over the last tenth of the steps."""
+        return statistics.fmean(self.train_losses[-max(1, len(self.train_losses) // 10) :])
+
+    @property
+    def tokens_per_second(self) -> float:
+        """From the median step."""
+        counted = self.step_seconds[WARM_UP_STEPS:] or self.step_seconds[-1:]
+        return self.settings.batch * self.settings.seq / statistics.median(counted)
+
+
+def train(runs: Sequence[Run], text: Text, settings: Settings) -> None:
+    """Train all runs on the same batches, in turns; the first of them is the plain one."""
+    held_out = text.held_out_batches(settings.batch, settings.seq, limit=HELD_OUT_BATCHES)
+    held_out = [tokens.to(settings.device) for tokens in held_out]
+    batches = text.batches(settings.batch, settings.seq, seed=settings.seed)
+    points = {round(settings.steps * i / HELD_OUT_POINTS) for i in range(HELD_OUT_POINTS)}
+    interval = 0.5 if sys.stderr.isatty() else 10
+    progress = tqdm(range(settings.steps), desc="compiling", unit="step", mininterval=interval)
+    for step, tokens in zip(progress, batches, strict=False):
+        if step in points:
+            for run in runs:
+                run.held_out.append((step, run.held_out_loss(held_out)))
+        # In changing order, so that no run always finds the caches as another one has left them.
+        for run in runs if step % 2 == 0 else reversed(runs):
+            run.train_step(tokens.to(settings.device))
+            if step == 0 and run.backend is not None:
+                progress.write(f"{run.name}: {report_line(run.backend)}")
+        progress.set_description("training", refresh=False)
+        progress.set_postfix({run.name: f"{run.train_losses[-1]:.3f}" for run in runs}, refresh=False)
+
+    plain = runs[0]
+    for run in runs:
+        run.held_out.append((settings.steps, run.held_out_loss(held_out)))
+        if run.backend is not None:
+            with cast_weights(plain.model, run.backend):
+                run.cast_afterwards = plain.held_out_loss(held_out)
+
+
+@contextmanager
+def cast_weights(model: torch.nn.Module, backend: gws_compile.Backend) -> Iterator[None]:
+    """Inside a ``with`` block, the model has the weights that the backend rewrites cast to its format."""
+    fmt = backend.config.fmt
+    weights = [model.get_parameter(record.name) for record in backend.report().rewritten]
+    saved = [weight.detach().clone() for weight in weights]
+    with torch.no_grad():
+        for weight in weights:
+            weight.copy_(gws_compile.quantize(weight, fmt))
+        try:
+            yield
+        finally:
+            for weight, before in zip(weights, saved, strict=True):
+                weight.copy_(before)
+
+
+def report_line(backend: gws_compile.Backend) -> str:
+    """The backend's report in one line."""
+    report, config = backend.report(), backend.config
+    skipped = ", ".join(record.name for record in report.skipped)
+    return (
+        f"{len(report.rewritten)} of {len(report)} weights rewritten (noise {config.noise}, b = {config.bits:g}); "
+        f"left alone: {skipped or 'none'}"
+    )
+
+
+def result_table(runs: Sequence[Run]) -> str:
+    """Losses and speed of each run."""
+    plain = runs[0]
+    base_loss, base_speed = plain.held_out[-1][1], plain.tokens_per_second
+    rows: list[tuple[Any, ...]] = []
+    for run in runs:
+        loss, speed = run.held_out[-1][1], run.tokens_per_second
+        row = (run.name, f"{run.final_train_loss:.4f}", f"{loss:.4f}", _percent(loss / base_loss), f"{speed:,.0f}")
+        if run is plain:
+            rows.append((*row[:3], "", row[4], ""))
+            continue
+        cast = run.cast_afterwards
+        rows.append((*row, _percent(base_speed / speed)))
+        rows.append((f"plain, cast to {run.name} afterwards", "", f"{cast:.4f}", _percent(cast / base_loss), "", ""))
+    return tabulate(
+        rows,
+        headers=("model", "train loss", "held-out loss", "vs plain", "tokens/s", "overhead"),
+        colalign=("left", *["right"] * 5),
+        disable_numparse=True,
+    )
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * (ratio - 1):+.2f} %"
+
+
+def figures(runs: Sequence[Run], text: Text, settings: Settings) -> dict[str, Any]:
+    """Everything that was set and measured, for JSON."""
+    plain = runs[0]
+    return {
+        "settings": {**asdict(settings), "device": str(settings.device), "out": str(settings.out)},
+        "text": {"name": text.name, "train_bytes": len(text.train), "held_out_bytes": len(text.held_out)},
+        "machine": machine(settings.device),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "gws_compile": gws_compile.__version__,
+        },
+        "parameters": sum(p.numel() for p in plain.model.parameters()),
+        "runs": [
+            {
+                "name": run.name,
+                "backend": None if run.backend is None else _backend_figures(run.backend),
+                "final_train_loss": run.final_train_loss,
+                "final_held_out_loss": run.held_out[-1][1],
+                "plain_cast_afterwards_held_out_loss": run.cast_afterwards,
+                "tokens_per_second": run.tokens_per_second,
+                "overhead": plain.tokens_per_second / run.tokens_per_second - 1,
+                "train_losses": run.train_losses,
+                "held_out_losses": run.held_out,
+                "step_seconds": run.step_seconds,
+            }
+            for run in runs
+        ],
+    }
+
+
+def _backend_figures(backend: gws_compile.Backend) -> dict[str, Any]:
+    config, report = backend.config, backend.report()
+    return {
+        "fmt": config.fmt.name,
+        "bits": config.bits,
+        "noise": config.noise,
+        "backward": config.backward,
+        "weights": len(report),
+        "rewritten": len(report.rewritten),
+        "left_alone": {record.name: record.reason for record in report.skipped},
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The device that the figures were read on."""
+    if device.type == "cuda":
+        return {"type": "cuda", "name": torch.cuda.get_device_name(device)}
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = models[0].partition(":")[2].strip() if models else name
+    return {"type": "cpu", "name": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    settings, text, backends = parse(argv)
+    torch.manual_seed(settings.seed)
+    model = build_model(settings.model, settings.shape, settings.seq)
+    model.to(settings.device)
+    parameters = sum(p.numel() for p in model.parameters())
+    shape = settings.shape
+    title = (
+        f"{MODELS[settings.model]}, {shape.layers} layers of width {shape.width}, {parameters / 1e6:.3g} M parameters"
+    )
+    data = f"{text.name}, {settings.batch} x {settings.seq} bytes a step, bf16 autocast"
+    print(f"{title}\n{data}, on {machine(settings.device)['name']}")
+
+    runs = [Run("plain", model, None, settings)]
+    runs += [Run(name, copy.deepcopy(model), backend, settings) for name, backend in backends.items()]
+    # Dynamo counts the compilations of one forward over all models: each run needs one to train and one to evaluate.
+    with torch._dynamo.config.patch(recompile_limit=8 + 2 * len(runs)):
+        train(runs, text, settings)
+
+    print(f"\n{result_table(runs)}")
+    json_path, png_path = settings.out / "train_gpt.json", settings.out / "train_gpt.png"
+    json_path.write_text(json.dumps(figures(runs, text, settings), indent=1) + "\n")
+    curves = [Curve(run.name, run.train_losses, run.held_out) for run in runs]
+    noise = ", ".join(f"{b.config.fmt}: {b.config.noise} noise, b = {b.config.bits:g}" for b in backends.values())
+    plot_losses(png_path, curves, title=title, subtitle=f"{data}\n{noise}")
+    print(f"\nloss curves in {png_path}, all figures in {json_path}")
+
+
+if __name__ == "__main__":
+    main()

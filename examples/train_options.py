@@ -1,0 +1,115 @@
+"""The command line of ``train_gpt.py``: everything that can be wrong is found before anything is compiled."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from small_models import MODELS, SIZES, Size
+from text_data import Text, load_text
+
+import gws_compile
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is trained, and how.
+
+    Attributes:
+        model: a key of `MODELS`.
+        size: a key of `SIZES`.
+        shape: the model's shape; its training figures hold where no option replaces them.
+    """
+
+    model: str
+    size: str
+    shape: Size
+    steps: int
+    batch: int
+    seq: int
+    lr: float
+    seed: int
+    inner: str
+    device: torch.device
+    out: Path
+
+
+def parse(argv: Sequence[str] | None) -> tuple[Settings, Text, dict[str, gws_compile.Backend]]:
+    """Read the command line; a mistake ends the program with a usage message.
+
+    Returns:
+        The settings, the text, and a backend for each format by the format's name.
+    """
+    cuda = torch.cuda.is_available()
+    size, device = ("small", "cuda") if cuda else ("tiny", "cpu")
+    parser = argparse.ArgumentParser(description="Train a model plain and with low-precision weights, side by side.")
+    add = parser.add_argument
+    add("--fmt", nargs="+", default=["fp8_e4m3"], metavar="FORMAT", help="formats, a run each (default: fp8_e4m3)")
+    add("--bits", type=float, help="bit width of the noise (default: the format's mantissa bits + 2)")
+    add("--noise", default="rounded_normal", help="rounded_normal, uniform or none (default: %(default)s)")
+    add("--backward", default="save", help="save, or recompute the weights in backward (default: %(default)s)")
+    add("--inner", default="inductor", help="compiler: inductor, aot_eager or eager (default: %(default)s)")
+    add("--model", choices=MODELS, default="gpt2", help="architecture (default: %(default)s)")
+    add("--size", choices=SIZES, default=size, help="of the model; decides the next four (default: %(default)s here)")
+    add("--steps", type=int, help="optimizer steps")
+    add("--batch", type=int, help="sequences per step")
+    add("--seq", type=int, help="bytes per sequence")
+    add("--lr", type=float, help="peak learning rate")
+    add("--seed", type=int, default=0, help="of weights, data order and noise (default: 0)")
+    add("--data", type=Path, metavar="PATH", help="text file or folder (default: Python's standard library)")
+    add("--out", type=Path, default=Path("out"), metavar="DIR", help="where picture and figures go (default: out)")
+    add("--device", default=device, help="cpu, cuda, cuda:1, ... (default: %(default)s here)")
+    args = parser.parse_args(argv)
+    shape = SIZES[args.size]
+    given = {name: getattr(args, name) for name in ("steps", "batch", "seq", "lr")}
+    training = {name: getattr(shape, name) if value is None else value for name, value in given.items()}
+    try:
+        _check(**training)
+        settings = Settings(
+            args.model,
+            args.size,
+            shape,
+            **training,
+            seed=args.seed,
+            inner=args.inner,
+            device=_device(args.device),
+            out=args.out,
+        )
+        backends = [
+            gws_compile.backend(
+                fmt, bits=args.bits, noise=args.noise, seed=args.seed, backward=args.backward, inner=args.inner
+            )
+            for fmt in args.fmt
+        ]
+        text = load_text(args.data, batch=settings.batch, seq=settings.seq)
+        args.out.mkdir(parents=True, exist_ok=True)
+        if not os.access(args.out, os.W_OK):
+            raise ValueError(f"cannot write to the folder {args.out}")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return settings, text, {backend.config.fmt.name: backend for backend in backends}
+
+
+def _check(*, steps: int, batch: int, seq: int, lr: float) -> None:
+    for name, value, least in (("steps", steps, 1), ("batch", batch, 1), ("seq", seq, 2)):
+        if value < least:
+            raise ValueError(f"--{name} must be at least {least}, got {value}")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"--lr must be a positive number, got {lr}")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
