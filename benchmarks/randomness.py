@@ -5,6 +5,7 @@ The words are those of `gws_compile.noise.random_word`, 32 bits each, little end
     weight   one weight, its elements in memory order (after 2**32 words: the next step)
     weights  training: at each step, weight after weight, 2**16 elements of each
     steps    one element, step after step (after 2**32 words: the next element)
+    elements one weight, 256 steps of an element, element after element
     columns  one 4096 x 4096 weight, column by column, step after step
 
 With ``--top-byte`` only each word's top byte is written: it alone decides R, the noise, in all but 1 of 64 words.
@@ -63,6 +64,9 @@ def pieces(order: str, seed: int, weights: int, element: int, first_step: int) -
         for index in itertools.count(element):
             for start in range(first_step, first_step + 2**32, PIECE):
                 yield draw(wrap_int32(index), ramp + wrap_int32(start))
+    elif order == "elements":
+        for start in itertools.cycle(range(0, 2**32, PIECE // 256)):
+            yield draw((ramp >> 8) + wrap_int32(start), (ramp & 255) + first_step)
     elif order == "columns":
         by_column = torch.arange(SIDE * SIDE, dtype=torch.int32).view(SIDE, SIDE).t().reshape(-1, PIECE)
         for step in itertools.count(first_step):
@@ -83,7 +87,7 @@ def write(out: BinaryIO, words: Iterator[torch.Tensor], count: int | None, top_b
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--order", choices=("weight", "weights", "steps", "columns"), default="weights")
+    parser.add_argument("--order", choices=("weight", "weights", "steps", "elements", "columns"), default="weights")
     parser.add_argument("--words", type=int, help="how many; the default never ends")
     parser.add_argument("--output", type=Path, help="file to write; the default is the standard output")
     parser.add_argument("--top-byte", action="store_true", help="write only the top byte of each word")
