@@ -1,6 +1,6 @@
 """Every private torch API that the project touches, in one place.
 
-Checked on torch 2.11, 2.12 and 2.13. Each function says what it relies on; where that is missing the error names it and
+Checked on torch 2.11 and 2.13. Each function says what it relies on; where that is missing the error names it and
 the versions, instead of a stack of torch's own frames.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-CHECKED_VERSIONS = "2.11 to 2.13"
+CHECKED_VERSIONS = "2.11 and 2.13"
 
 
 class UnsupportedTorchError(RuntimeError):
