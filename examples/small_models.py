@@ -22,7 +22,7 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(layers=2, width=192, heads=4, seq=128, batch=16, steps=300, lr=3e-3),
+    "tiny": Size(layers=2, width=192, heads=4, seq=128, batch=16, steps=300, lr=2e-3),
     "small": Size(layers=8, width=512, heads=8, seq=512, batch=32, steps=1000, lr=1e-3),
     "gpt2": Size(layers=12, width=768, heads=12, seq=1024, batch=16, steps=2000, lr=6e-4),
 }
