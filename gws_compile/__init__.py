@@ -4,12 +4,12 @@ model = torch.compile(model, backend=gws_compile.backend(fmt="fp8_e4m3"))
 """
 
 from .api import backend, explain
-from .checks import GwsWarning
 from .compiler import Backend
 from .config import DEFAULT_EXCLUDE, LearnedBits
 from .formats import FORMATS, FloatFormat
-from .reference import quantize
+from .reference import quantize, sample
 from .report import Report, WeightRecord
+from .warning import GwsWarning
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "backend",
     "explain",
     "quantize",
+    "sample",
 ]

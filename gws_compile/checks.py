@@ -1,18 +1,24 @@
-"""Settings without effect, and models without a weight to rewrite: warnings, or errors under ``strict``."""
+"""Settings without effect, and weights without noise: warnings, or errors under ``strict``."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+from torch import nn
 
 from .cast import STORAGE
 from .config import DEFAULT_EXCLUDE, Config
-from .names import first_match
+from .keys import KeyRegistry
+from .names import clean, first_match
 from .passes import Weight
+from .warning import GwsWarning
 
+MANY_FORWARDS = 128
+"""Training forwards on one sample that are more than an accumulation of gradients."""
 
-class GwsWarning(UserWarning):
-    """A setting of `gws_compile.backend` has no effect, or a model has nothing to rewrite."""
+MANY_STEPS = 10
+"""Optimizer steps after which a backend that has compiled nothing is worth a word."""
 
 
 class Checks:
@@ -21,8 +27,13 @@ class Checks:
     Graphs come one by one (graph breaks, blocks compiled one by one), so what is said holds of the graphs seen so far.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, registry: KeyRegistry) -> None:
         self._config = config
+        self._registry = registry
+        self._seen: set[str] = set()
+        self._looked_at_graphs = 0
+        self._steps = 0
+        self._covered = False
         self._effective: set[str] = set()
         self._any_rewritten = False
         self._said: set[str] = set()
@@ -38,6 +49,9 @@ class Checks:
             ValueError: under ``strict``, when no weight is rewritten or an included one is left alone.
         """
         config = self._config
+        self._looked_at_graphs += 1
+        self._seen.update(w.name for w in weights)
+        self._covered = False
         for pattern in config.include or ():
             self._check_include(pattern, weights)
         if config.exclude != DEFAULT_EXCLUDE:
@@ -53,6 +67,53 @@ class Checks:
                 raise ValueError(f"strict=True, and no weight was rewritten: {what}")
             if has_parameters:
                 self._say(f"no weight has been rewritten so far: {what}")
+
+    def optimizer_stepped(self) -> None:
+        """Check, behind an optimizer step, that training goes through the compiled graphs at all."""
+        if self._looked_at_graphs == 0:
+            self._steps += 1
+            if self._steps == MANY_STEPS:
+                self._say(
+                    f"{MANY_STEPS} optimizer steps, and this backend ({self._config.fmt}) has compiled nothing: the "
+                    "model in training does not go through it. torch compiles no frame of its own files: for an "
+                    "nn.Sequential use torch.compile(model, backend=...) in place of model.compile(backend=...)"
+                )
+        elif not self._covered:
+            self._covered = True
+            missing = list(dict.fromkeys(name for root in list(self._registry.roots) for name in self._missing(root)))
+            if missing:
+                names = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
+                message = (
+                    f"weights that are trained without noise, since no compiled graph has them: {names}. Part of the "
+                    "model runs eagerly: it is not compiled, or a graph break inside a loop makes torch leave the "
+                    "whole frame (TORCH_LOGS=graph_breaks shows it); compile that module by itself, or exclude the weights"
+                )
+                if self._config.strict and self._config.include is not None:
+                    raise ValueError(f"strict=True: {message}")
+                self._say(message)
+
+    def _missing(self, root: nn.Module) -> Iterator[str]:
+        """Weights of a model that got a gradient without being in any graph, where noise is what the user asked for."""
+        config = self._config
+        tables = {id(m.weight) for m in root.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+        named = {name.partition("#")[0] for name, _ in self._registry.items()}
+        for name, parameter in ((clean(n), p) for n, p in root.named_parameters()):
+            if parameter.ndim < 2 or parameter.grad is None or id(parameter) in tables or name in named:
+                continue
+            if first_match(name, config.exclude) or (config.include and not first_match(name, config.include)):
+                continue
+            parts = name.split(".")
+            # Graphs of blocks know names relative to the block.
+            if not any(".".join(parts[i:]) in self._seen for i in range(len(parts))):
+                yield name
+
+    def forwards_without_step(self) -> None:
+        """Say that the same sample has served more forwards than an accumulation of gradients would."""
+        self._say(
+            f"{MANY_FORWARDS} training forwards have used the same noise, with no optimizer step in between. "
+            "torch.optim optimizers are followed; after an update of your own call Backend.step(); for evaluation use "
+            "torch.no_grad() or Backend.noise(False)"
+        )
 
     def _matching(self, setting: str, pattern: str, weights: Sequence[Weight]) -> list[Weight]:
         matching = [w for w in weights if first_match(w.name, (pattern,))]

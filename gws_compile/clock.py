@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import Any
+import threading
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .primitives import wrap_int32
 
@@ -32,6 +30,7 @@ class Clock:
         self.enabled = True
         self.pending = False
         self._tensors: dict[torch.device, tuple[int, bool, torch.Tensor]] = {}
+        self._lock = threading.Lock()
 
     def tick(self) -> None:
         """Ask for a new draw, beginning with the next training forward."""
@@ -40,8 +39,9 @@ class Clock:
     def begin_forward(self) -> None:
         """Start the draw that was asked for, if any."""
         if self.pending:
-            self.step += 1
-            self.pending = False
+            with self._lock:
+                self.step += self.pending
+                self.pending = False
 
     def tensor(self, device: torch.device) -> torch.Tensor:
         """int32 (2,): the draw's number, and -1 to draw or 0 to leave the weights as they are."""
@@ -52,15 +52,3 @@ class Clock:
             tensor[1].fill_(-1 if self.enabled else 0)
             self._tensors[device] = (self.step, self.enabled, tensor)
         return tensor
-
-    def follow_optimizers(self) -> None:
-        """Tick whenever any ``torch.optim`` optimizer has stepped, for as long as this clock lives."""
-        this = weakref.ref(self)
-
-        def stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            clock = this()
-            if clock is not None:
-                clock.tick()
-
-        handle = register_optimizer_step_post_hook(stepped)
-        weakref.finalize(self, handle.remove)

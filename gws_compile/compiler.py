@@ -12,10 +12,11 @@ import torch
 from torch import fx
 
 from . import torch_internals
-from .checks import Checks
+from .checks import MANY_FORWARDS, Checks
 from .clock import Clock
 from .config import Config
 from .keys import KeyRegistry, KeyTable
+from .optimizers import after_each_step
 from .passes import InputLayout, Weight, input_layout, is_noisy, rewrite, weights_of
 from .report import Report, WeightRecord
 
@@ -42,9 +43,10 @@ class Backend:
         self._records: list[WeightRecord] = []
         self._registry = KeyRegistry(config.seed)
         self._clock = Clock()
-        self._checks = Checks(config)
+        self._checks = Checks(config, self._registry)
         if config.resample == "step":
-            self._clock.follow_optimizers()
+            after_each_step(self._clock, Clock.tick)
+        after_each_step(self._checks, Checks.optimizer_stepped)
 
     def __call__(
         self,
@@ -102,7 +104,7 @@ class Backend:
         compiled = self._compile(rewritten, [*example_inputs, *extra], mode, options)
         if not layout.trainable:
             return compiled  # nothing depends on the call
-        return _Runtime(compiled, layout, extra, self._registry, self._clock, config)
+        return _Runtime(compiled, layout, extra, self._registry, self._clock, self._checks, config)
 
     def _compile(
         self, gm: fx.GraphModule, inputs: Sequence[Any], mode: str | None, options: dict[str, Any] | None
@@ -154,18 +156,29 @@ class Backend:
         return torch.zeros(())
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to draw the same noise: plain numbers and strings."""
+        """What a resumed run needs to draw the same noise.
+
+        Plain numbers, strings and lists, for ``torch.save``, and for ``torch.distributed.checkpoint``, which also takes
+        the backend itself (``dcp.save({"model": model, "pqt": pqt})``); the same on every rank.
+
+        Returns:
+            ``"seed"`` and ``"step"`` (the number of the next forward's draw), ints; ``"fmt"``, the format's
+            specification; ``"weights"``, a list of ``[name, shape]`` of the weights that were sampled, whose names,
+            with the seed, are their keys.
+        """
         return {
             "seed": self.config.seed,
             "fmt": self.config.fmt.spec,
             "step": self._clock.step + self._clock.pending,
+            "weights": [[name, list(shape)] for name, shape in self._registry.shapes().items()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`.
+        """Continue from `state_dict`, before the first forward or later.
 
         Raises:
-            ValueError: the state is of another seed or format.
+            ValueError: the state is of another seed or format, or of a model whose weights have other shapes; where the
+                weights are not known yet, the last is raised by the first forward.
         """
         expected = self.state_dict()
         if missing := expected.keys() - state.keys():
@@ -173,10 +186,25 @@ class Backend:
         for key in ("seed", "fmt"):
             if state[key] != expected[key]:
                 raise ValueError(f"the state was saved with {key}={state[key]!r}, this backend has {expected[key]!r}")
+        self._registry.expect({name: tuple(shape) for name, shape in state["weights"]})
         self._clock.step, self._clock.pending = int(state["step"]), False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
+        """The backend itself: a deep copy of a compiled model shares it, and its weights get keys of their own."""
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., Backend], tuple[Any, ...]]:
+        """Pickled as its settings and its state; what is compiled is compiled again where it is loaded."""
+        return _unpickle, (type(self), self.config, self.state_dict())
 
     def __repr__(self) -> str:
         return f"<gws_compile backend: {self.config.fmt}, {self.config.noise}, {len(self.graphs)} graphs>"
+
+
+def _unpickle(cls: type[Backend], config: Config, state: dict[str, Any]) -> Backend:
+    backend = cls(config)
+    backend.load_state_dict(state)
+    return backend
 
 
 class _Runtime:
@@ -189,12 +217,14 @@ class _Runtime:
         examples: Sequence[Any],
         registry: KeyRegistry,
         clock: Clock,
+        checks: Checks,
         config: Config,
     ) -> None:
         self._compiled = compiled
         self._examples = examples
         self._trainable = layout.trainable
         self._clock = clock
+        self._checks = checks
         self._forward = config.resample == "forward"
         self._tables = [
             (device, positions, KeyTable(registry, layout.names[device], device))
@@ -214,7 +244,8 @@ class _Runtime:
                     f"{name} was {before} when its graph was compiled and is {now} now; torch {torch.__version__} does "
                     "not compile again by itself: call torch._dynamo.reset() after changing requires_grad"
                 )
-        if not torch_internals.inside_backward():
+        inside_backward = torch_internals.inside_backward()
+        if not inside_backward:
             if self._forward:
                 self._clock.tick()
             self._clock.begin_forward()
@@ -226,7 +257,10 @@ class _Runtime:
             )
         extra = []
         for device, positions, table in self._tables:
-            extra += [table([args[i] for i in positions]), self._clock.tensor(device)]
+            rows = table([args[i] for i in positions])
+            if not inside_backward and rows.count(self._clock.step) == MANY_FORWARDS:
+                self._checks.forwards_without_step()
+            extra += [rows.tensor, self._clock.tensor(device)]
         return self._compiled(*args, *extra)
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import threading
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .callers import Callers
 from .primitives import wrap_int32
+from .warning import GwsWarning
 
 
 def key_words(seed: int, name: str) -> tuple[int, int]:
@@ -24,32 +29,52 @@ def key_words(seed: int, name: str) -> tuple[int, int]:
 class KeyRegistry:
     """Names the Parameters that come in and gives each a key.
 
-    One compiled graph may serve many layers, so nothing about a layer is in the graph: its name there is relative
-    to the compiled module. The first Parameter seen under a name has that name, the next ones ``name#1``, ``name#2``
-    in the order of first use, which is the same in every process that runs the same program. A tied Parameter has
-    one name.
+    One compiled graph may serve many layers, so nothing about a layer is in the graph. A Parameter has its name in the
+    outermost module that is being called (see `Callers`), or else its name in the graph. Where several have the same
+    (models that share a backend, copies of a model), the first one seen has that name, the next ones ``name#1``,
+    ``name#2`` in the order of first use, which is the same in every process that runs the same program. A tied
+    Parameter has one name.
     Entries of Parameters that are gone are dropped.
+
+    Attributes:
+        roots: the outermost modules seen.
     """
 
     def __init__(self, seed: int) -> None:
+        self.roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._seed = seed
         self._names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._used: dict[str, int] = {}
+        self._saved: dict[str, tuple[int, ...]] | None = None
+        self._lock = threading.RLock()
 
-    def name(self, weight: torch.Tensor, hint: str) -> str:
-        """The weight's unique name; ``hint`` is its name in the graph, used when it is new."""
-        known: str | None = self._names.get(weight)  # type: ignore[no-untyped-call]
-        if known is not None:
-            return known
-        count = self._used.get(hint, 0)
-        self._used[hint] = count + 1
-        name = hint if count == 0 else f"{hint}#{count}"
-        self._names[weight] = name
+    def words(self, weights: Sequence[torch.Tensor], hints: Sequence[str]) -> list[tuple[int, int]]:
+        """The two int32 key words of each weight; the hints are their names in the graph.
+
+        Raises:
+            ValueError: a weight that is new has another shape than the loaded state says.
+        """
+        with self._lock:
+            if any(self.name(weight) is None for weight in weights):
+                callers = Callers()
+                if callers.root is not None:
+                    self.roots.add(callers.root)
+                for weight, hint in zip(weights, hints, strict=True):
+                    if self.name(weight) is None:
+                        self._add(weight, callers.name(weight, hint))
+            return [key_words(self._seed, str(self.name(weight))) for weight in weights]
+
+    def name(self, weight: torch.Tensor) -> str | None:
+        """The weight's unique name; None when it has not been seen."""
+        name: str | None = self._names.get(weight)  # type: ignore[no-untyped-call]
         return name
 
-    def words(self, weight: torch.Tensor, hint: str) -> tuple[int, int]:
-        """The weight's two int32 key words."""
-        return key_words(self._seed, self.name(weight, hint))
+    def _add(self, weight: torch.Tensor, name: str) -> None:
+        count = self._used.get(name, 0)
+        unique = name if count == 0 else f"{name}#{count}"
+        self._check(unique, tuple(weight.shape))
+        self._used[name] = count + 1
+        self._names[weight] = unique
 
     def __len__(self) -> int:
         return len(self._names)
@@ -59,6 +84,38 @@ class KeyRegistry:
         for weight, name in self._names.items():  # type: ignore[no-untyped-call]
             yield name, weight
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and whole shape of every weight that is alive, and of those of a loaded state that are still to come."""
+        return {**(self._saved or {}), **{name: tuple(weight.shape) for name, weight in self.items()}}
+
+    def expect(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Hold the weights, present and to come, to the names and shapes of a saved run, if it had any.
+
+        Raises:
+            ValueError: a weight that is alive has another shape.
+        """
+        before, self._saved = self._saved, shapes or None
+        try:
+            for name, weight in self.items():
+                self._check(name, tuple(weight.shape))
+        except ValueError:
+            self._saved = before
+            raise
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+        if self._saved is None:
+            return
+        saved = self._saved.get(name)
+        if saved is None:
+            warnings.warn(
+                f"{name} is not among the weights of the loaded state: it draws noise of its own, which the saved run "
+                "did not draw (is the model, or the way it is called, another one?)",
+                GwsWarning,
+                stacklevel=2,
+            )
+        elif saved != shape:
+            raise ValueError(f"the state was saved with {name} of shape {saved}, this model has it of shape {shape}")
+
 
 class KeyTable:
     """The int32 (weights, 2) key tensors of a graph on a device, one for each set of Parameters it is called with."""
@@ -67,17 +124,44 @@ class KeyTable:
         self._registry = registry
         self._names = names
         self._device = device
-        self._tables: dict[tuple[int, ...], tuple[list[weakref.ref[torch.Tensor]], torch.Tensor]] = {}
+        self._rows: dict[tuple[int, ...], KeyRows] = {}
 
-    def __call__(self, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    def __call__(self, weights: Sequence[torch.Tensor]) -> KeyRows:
         """The keys of these weights, a row each, in this order."""
         ids = tuple(map(id, weights))
-        found = self._tables.get(ids)
-        if found is not None and all(ref() is w for ref, w in zip(found[0], weights, strict=True)):
-            return found[1]
+        found = self._rows.get(ids)
+        if found is not None and found.belong_to(weights):
+            return found
         # Ids of dead Parameters are used again: drop what no longer matches, so that the tables do not pile up either.
-        self._tables = {k: v for k, v in self._tables.items() if all(ref() is not None for ref in v[0])}
-        rows = [self._registry.words(w, name) for w, name in zip(weights, self._names, strict=True)]
-        table = torch.tensor(rows, dtype=torch.int32, device=self._device)
-        self._tables[ids] = ([weakref.ref(w) for w in weights], table)
-        return table
+        self._rows = {k: v for k, v in list(self._rows.items()) if v.alive()}
+        rows = torch.tensor(self._registry.words(weights, self._names), dtype=torch.int32, device=self._device)
+        self._rows[ids] = found = KeyRows(rows, [weakref.ref(w) for w in weights])
+        return found
+
+
+class KeyRows:
+    """The keys of one set of Parameters, and how often they were used in the current draw.
+
+    Attributes:
+        tensor: int32, (weights, 2).
+    """
+
+    def __init__(self, tensor: torch.Tensor, weights: list[weakref.ref[torch.Tensor]]) -> None:
+        self.tensor = tensor
+        self._weights = weights
+        self._draw = -1
+        self._uses = 0
+
+    def belong_to(self, weights: Sequence[torch.Tensor]) -> bool:
+        """Whether these are the Parameters, not others at the same addresses."""
+        return all(ref() is w for ref, w in zip(self._weights, weights, strict=True))
+
+    def alive(self) -> bool:
+        """Whether none of the Parameters is gone."""
+        return all(ref() is not None for ref in self._weights)
+
+    def count(self, draw: int) -> int:
+        """Count a use in this draw, and say how many there were, this one included."""
+        self._uses = self._uses + 1 if draw == self._draw else 1
+        self._draw = draw
+        return self._uses

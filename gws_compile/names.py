@@ -25,9 +25,12 @@ def qualified_name(source: str) -> str:
     anywhere, the ``module`` of DistributedDataParallel in front.
     """
     parts = [a or b for a, b in _REGISTERED.findall(source)]
-    if not parts:
-        return _ROOT.sub("", source)
-    parts = [part for part in parts if part not in WRAPPERS]
+    return clean(".".join(parts)) if parts else _ROOT.sub("", source)
+
+
+def clean(name: str) -> str:
+    """A parameter's name without what `qualified_name` says that wrappers insert."""
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
     while len(parts) > 1 and parts[0] == "module":
         parts = parts[1:]
     return ".".join(parts)

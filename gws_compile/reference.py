@@ -1,11 +1,13 @@
-"""The cast alone: `quantize`."""
+"""The references in eager torch: `quantize`, the cast alone, and `sample`, noise then cast."""
 
 from __future__ import annotations
 
 import torch
 
-from .config import Config, Scale
+from .config import Config, Noise, Scale
 from .formats import FloatFormat
+from .keys import key_words
+from .primitives import wrap_int32
 from .sampling import DTYPES, sample_eager
 
 
@@ -32,12 +34,59 @@ def quantize(
         TypeError: ``w`` is no tensor of these dtypes.
     """
     config = Config.make(fmt, block=block, scale=scale, noise="none")
-    if not isinstance(w, torch.Tensor) or w.dtype not in DTYPES:
-        got = w.dtype if isinstance(w, torch.Tensor) else type(w).__name__
-        raise TypeError(f"quantize takes a tensor of {', '.join(map(str, DTYPES))}, got {got}")
-    matrix = w if w.ndim >= 2 else w.reshape(1, -1)
-    batch_dims = 1 if w.ndim == 3 else 0
+    matrix, batch_dims = _as_matrices("quantize", w)
     result = sample_eager(
         matrix, None, None, 0, batch_dims, config.fmt, config.bits, "none", config.block, config.scale
     )
     return result.view(w.shape)
+
+
+def sample(
+    w: torch.Tensor,
+    fmt: str | FloatFormat,
+    *,
+    name: str,
+    step: int = 0,
+    seed: int = 0,
+    noise: Noise = "rounded_normal",
+    bits: float | None = None,
+    block: tuple[int, int] = (32, 32),
+    scale: Scale = "floor",
+) -> torch.Tensor:
+    """Sample a weight as a compiled training graph does, bit for bit: the reference for what is trained.
+
+    ``cast(w + R * a * 2**(1 - bits))`` with R drawn for this name, step, seed and each element (arXiv 2505.11170).
+
+    Args:
+        w: as in `quantize`; the whole weight, where ranks hold shards.
+        fmt: format name or `FloatFormat`.
+        name: the weight's qualified name in the outermost module that is called, such as ``"layers.0.fc.weight"``;
+            `Backend.state_dict` lists the names.
+        step: number of the draw: how many optimizer steps came before, with ``resample="step"``.
+        seed: that of the backend.
+        noise: ``"rounded_normal"``, ``"uniform"`` or ``"none"``.
+        bits: bit width b; the format's mantissa bits + 2 when None.
+        block: block shape.
+        scale: rule of the block scale.
+
+    Returns:
+        A new tensor of the shape and dtype of ``w``, outside autograd.
+
+    Raises:
+        ValueError: a bad setting. TypeError: ``w`` is no tensor of these dtypes.
+    """
+    config = Config.make(fmt, noise=noise, bits=bits, block=block, scale=scale, seed=seed)
+    matrix, batch_dims = _as_matrices("sample", w)
+    keys = torch.tensor([key_words(seed, name)], dtype=torch.int32, device=w.device)
+    clock = torch.tensor([wrap_int32(step), -1], dtype=torch.int32, device=w.device)
+    result = sample_eager(
+        matrix, keys, clock, 0, batch_dims, config.fmt, config.bits, config.noise, config.block, config.scale
+    )
+    return result.view(w.shape)
+
+
+def _as_matrices(function: str, w: torch.Tensor) -> tuple[torch.Tensor, int]:
+    if not isinstance(w, torch.Tensor) or w.dtype not in DTYPES:
+        got = w.dtype if isinstance(w, torch.Tensor) else type(w).__name__
+        raise TypeError(f"{function} takes a tensor of {', '.join(map(str, DTYPES))}, got {got}")
+    return (w if w.ndim >= 2 else w.reshape(1, -1)), int(w.ndim == 3)

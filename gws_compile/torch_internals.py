@@ -7,6 +7,7 @@ the versions, instead of a stack of torch's own frames.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import SimpleNamespace
@@ -138,6 +139,17 @@ def trace_artifact(name: str, text: Callable[[], str]) -> None:
 def inside_backward() -> bool:
     """Whether the autograd engine is running in this thread: a forward seen now is a recomputation."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def pipeline_stage_index(value: object) -> int | None:
+    """The stage number of a ``torch.distributed.pipelining`` stage; None for everything else.
+
+    Relies on ``_PipelineStageBase.stage_index``, the base of ``PipelineStage`` and of the stages of a traced pipeline.
+    """
+    if "torch.distributed.pipelining.stage" not in sys.modules:
+        return None
+    base = _find("torch.distributed.pipelining.stage", "_PipelineStageBase")
+    return int(value.stage_index) if isinstance(value, base) else None
 
 
 # --- Compilers behind the rewrite ------------------------------------------------------------------------------------
