@@ -86,7 +86,7 @@ class Checks:
                 message = (
                     f"weights that are trained without noise, since no compiled graph has them: {names}. Part of the "
                     "model runs eagerly: it is not compiled, or a graph break inside a loop makes torch leave the "
-                    "whole frame (TORCH_LOGS=graph_breaks shows it); compile that module by itself, or exclude the weights"
+                    "whole frame (TORCH_LOGS=graph_breaks shows it); compile that module by itself, or exclude them"
                 )
                 if self._config.strict and self._config.include is not None:
                     raise ValueError(f"strict=True: {message}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 import warnings
 import weakref
@@ -15,6 +16,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .callers import Callers
 from .primitives import wrap_int32
 from .warning import GwsWarning
+
+_STAGE = re.compile(r"stage\d+")
 
 
 def key_words(seed: int, name: str) -> tuple[int, int]:
@@ -106,6 +109,9 @@ class KeyRegistry:
         if self._saved is None:
             return
         saved = self._saved.get(name)
+        stage = name.partition(".")[0]
+        if saved is None and _STAGE.fullmatch(stage) and not any(n.startswith(f"{stage}.") for n in self._saved):
+            return  # the state of another pipeline stage: a shared checkpoint holds that of one rank
         if saved is None:
             warnings.warn(
                 f"{name} is not among the weights of the loaded state: it draws noise of its own, which the saved run "

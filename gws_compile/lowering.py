@@ -151,6 +151,8 @@ def _lower(
     noise: str,
     block: Sequence[int],
     scale: str,
+    whole: Sequence[int],
+    offset: Sequence[int],
     version: int,
 ) -> Any:
     ind = inductor()
@@ -159,7 +161,7 @@ def _lower(
     # Read twice: by the reduction and by the pointwise loop. A weight that is a view of something is stored first.
     w.realize()
     shape = w.get_size()
-    numel = ind.product(shape)
+    numel = ind.product(whole or shape)
     _, rows, cols = matrix_shape(shape, batch_dims)
     load = w.make_loader()
     load_amax = None
@@ -174,7 +176,8 @@ def _lower(
         if load_amax is not None:
             amax = load_amax([matrix, ind.block_index(r, rows, block[0]), ind.block_index(c, cols, block[1])])
         if load_keys is not None and load_clock is not None:
-            linear = ind.linear_int32(index, shape, numel)
+            at = [i + start for i, start in zip(index, offset, strict=True)] if whole else index
+            linear = ind.linear_int32(at, whole or shape, numel)
             key = (load_keys([row, 0]), load_keys([row, 1]))
             word = random_word(p, linear, key, load_clock([0]))
             y = add_noise(p, noise, y, amax, bits, word, load_clock([1]))

@@ -25,6 +25,6 @@ def after_each_step(observer: T, act: Callable[[T], None]) -> None:
         if alive is not None:
             act(alive)
 
-    hook: Callable[..., None] = torch.compiler.disable(stepped)
+    hook: Callable[..., None] = torch.compiler.disable(stepped)  # type: ignore[no-untyped-call]
     handle = register_optimizer_step_post_hook(hook)
     weakref.finalize(observer, handle.remove)

@@ -18,7 +18,7 @@ from .formats import FloatFormat
 from .noise import add_noise, random_word
 from .primitives import TorchPrimitives
 
-OPERATOR_VERSION = 2
+OPERATOR_VERSION = 3
 """Part of every call's arguments. Compile caches see a graph's arguments, not the lowering's source: raise it whenever
 noise, cast or lowering change what they compute."""
 
@@ -55,6 +55,16 @@ def block_maximum(w: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     return w.view(w.shape[0], w.shape[1] // br, br, w.shape[2] // bc, bc).amax(dim=(2, 4))
 
 
+def element_index(
+    local: Sequence[int], whole: Sequence[int], offset: Sequence[int], device: torch.device
+) -> torch.Tensor:
+    """int32, shape ``local``: each element's row-major index in the whole weight, mod 2**32."""
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    for size, count, start in zip(whole, local, offset, strict=True):
+        total = total[..., None] * size + torch.arange(start, start + count, device=device)
+    return torch.where(total >= 2**31, total - 2**32, total).to(torch.int32)
+
+
 def sample_eager(
     w: torch.Tensor,
     keys: torch.Tensor | None,
@@ -66,6 +76,8 @@ def sample_eager(
     noise: str,
     block: tuple[int, int],
     scale: str | None,
+    whole: Sequence[int] = (),
+    offset: Sequence[int] = (),
 ) -> torch.Tensor:
     """The eager kernel; arguments as in `sample_weight`."""
     if not w.numel():
@@ -83,10 +95,7 @@ def sample_eager(
         assert keys is not None
         assert clock is not None
         assert amax is not None
-        index = torch.arange(m * r * c, device=w.device)
-        if index.numel() > 2**31:
-            index = torch.where(index >= 2**31, index - 2**32, index)
-        index = index.to(torch.int32).view(m, r, c)
+        index = element_index(w.shape, whole or w.shape, offset or [0] * w.ndim, w.device).view(m, r, c)
         word = random_word(p, index, (keys[row, 0], keys[row, 1]), clock[0])
         y = add_noise(p, noise, y, amax, bits, word, clock[1])
     result = cast(p, y, amax, fmt, scale, w.dtype).to(w.dtype).view(w.shape)
@@ -105,6 +114,8 @@ def sample_weight(
     noise: str,
     block: list[int],
     scale: str,
+    whole: list[int],
+    offset: list[int],
     version: int,
 ) -> torch.Tensor:
     """Sample a weight: ``cast(w + R * a * 2**(1 - bits))``, ``a`` the block maximum (arXiv 2505.11170, eq. 3).
@@ -120,13 +131,26 @@ def sample_weight(
         noise: one of `gws_compile.noise.NOISES`.
         block: block shape, two positive ints.
         scale: ``"floor"``, ``"ceil"``, or ``""`` for no block scale.
+        whole: shape of the weight of which ``w`` is one rank's part; empty where it is whole.
+        offset: index of the part's first element in the whole weight; empty likewise.
         version: `OPERATOR_VERSION`.
 
     Returns:
         The sampled weight: shape, dtype and strides of ``w``, every value on the grid of its block.
     """
     return sample_eager(
-        w, keys, clock, row, batch_dims, FloatFormat.parse(fmt), bits, noise, check_block(block), scale or None
+        w,
+        keys,
+        clock,
+        row,
+        batch_dims,
+        FloatFormat.parse(fmt),
+        bits,
+        noise,
+        check_block(block),
+        scale or None,
+        whole,
+        offset,
     )
 
 
@@ -142,6 +166,8 @@ def _(
     noise: str,
     block: list[int],
     scale: str,
+    whole: list[int],
+    offset: list[int],
     version: int,
 ) -> torch.Tensor:
     if w.dtype not in DTYPES:
@@ -152,7 +178,7 @@ def _(
 
 
 def _backward(ctx: object, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return (grad, *[None] * 10)
+    return (grad, *[None] * 12)
 
 
 sample_weight.register_autograd(_backward)

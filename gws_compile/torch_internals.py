@@ -114,9 +114,9 @@ def is_fake(value: object) -> bool:
 def fake_like(value: torch.Tensor, example: object) -> object:
     """A fake form of ``value`` in the mode of ``example``, for a placeholder's metadata; ``value`` if it has no mode.
 
-    Relies on ``FakeTensor.fake_mode``.
+    Relies on ``torch._guards.detect_fake_mode``, which also looks into a DTensor.
     """
-    mode = getattr(example, "fake_mode", None)
+    mode = _find("torch._guards", "detect_fake_mode")([example])
     return mode.from_tensor(value, static_shapes=True) if mode is not None else value
 
 
@@ -139,6 +139,32 @@ def trace_artifact(name: str, text: Callable[[], str]) -> None:
 def inside_backward() -> bool:
     """Whether the autograd engine is running in this thread: a forward seen now is a recomputation."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def shard_range(value: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """What this rank holds of a DTensor: (local shape, offset in the whole tensor); None for a plain tensor.
+
+    Relies on ``torch.distributed.tensor._utils.compute_local_shape_and_global_offset``.
+
+    Raises:
+        ValueError: a placement other than Shard and Replicate.
+    """
+    if "torch.distributed.tensor" not in sys.modules:
+        return None
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    if not isinstance(value, DTensor):
+        return None
+    if not all(type(placement) in (Shard, Replicate) for placement in value.placements):
+        raise ValueError(f"placements {value.placements}")
+    compute = _find("torch.distributed.tensor._utils", "compute_local_shape_and_global_offset")
+    shape, offset = compute(value.shape, value.device_mesh, value.placements)
+    return tuple(shape), tuple(offset)
+
+
+def local_example(value: Any) -> Any:
+    """The fake local tensor of a fake DTensor. Relies on ``DTensor._local_tensor``."""
+    return value._local_tensor
 
 
 def pipeline_stage_index(value: object) -> int | None:

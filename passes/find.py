@@ -12,6 +12,7 @@ from torch import fx
 from gws_compile import torch_internals
 from gws_compile.config import Config
 from gws_compile.names import is_parameter_source, qualified_name
+from gws_compile.sharding import ShardRange
 
 from . import operations
 from .weights import Read, Weight, set_weights
@@ -46,6 +47,12 @@ def _parameters(gm: fx.GraphModule) -> list[Weight]:
             continue
         if source is None or not (is_parameter_source(source) or _typed_parameter(node)):
             continue
+        reason, shard = None, None
+        try:
+            held = torch_internals.shard_range(value)
+            shard = None if held is None else ShardRange(tuple(value.shape), *held)
+        except ValueError as error:
+            reason = f"a DTensor with {error}: only Shard and Replicate are sampled"
         weights.append(
             Weight(
                 node=node,
@@ -55,6 +62,8 @@ def _parameters(gm: fx.GraphModule) -> list[Weight]:
                 dtype=value.dtype,
                 device=value.device,
                 trainable=value.requires_grad,
+                shard=shard,
+                reason=reason,
             )
         )
     return weights

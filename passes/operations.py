@@ -63,7 +63,8 @@ TRANSPARENT = frozenset(
     "unsqueeze squeeze expand expand_as view_as reshape_as contiguous to type type_as float half bfloat16 double "
     "chunk split split_with_sizes tensor_split unsafe_split unsafe_chunk unbind narrow select slice getitem "
     "index_select clone detach alias cat concat concatenate stack hstack vstack repeat tile repeat_interleave "
-    "as_strided pad flip _to_copy broadcast_to adjoint requires_grad_ data".split()
+    "as_strided pad flip _to_copy broadcast_to adjoint requires_grad_ data to_local full_tensor redistribute "
+    "from_local_like".split()
 )
 
 # Only shape, dtype or device of the operand matter.

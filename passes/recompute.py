@@ -12,7 +12,6 @@ from gws_compile import torch_internals
 from gws_compile.config import Config
 
 from . import operations
-from .weights import weights_of
 
 # Activation checkpointing numbers its regions from 1 upwards; each of ours is a region of its own, numbered far away.
 _FIRST_GROUP = 1 << 20
@@ -30,7 +29,7 @@ def recompute_in_backward(gm: fx.GraphModule, example_inputs: Sequence[Any], *, 
 
     Inside an activation checkpoint nothing is marked: what the checkpoint computes again is its own decision.
 
-    Requires `weights_of(gm)`, and the sampled weights of `sample_weights`.
+    Requires the sampled weights of `sample_weights`.
 
     Args:
         gm: the rewritten graph; changed in place.
@@ -41,10 +40,9 @@ def recompute_in_backward(gm: fx.GraphModule, example_inputs: Sequence[Any], *, 
         return gm
     compute_dtype = dict(_autocast_dtypes(gm))
     sampled = gm.graph.find_nodes(op="call_function", target=torch.ops.gws.sample_weight.default)
-    weights = {weight.node: weight for weight in weights_of(gm)}
     for group, node in enumerate(sampled, _FIRST_GROUP):
         torch_internals.mark_recompute(node, group)
-        weight = weights[node.args[0]]
+        weight = node.meta["gws_weight"]
         dtypes = {compute_dtype.get(read) for read in _reads_of(node)}
         dtype = dtypes.pop() if len(dtypes) == 1 else None
         if dtype is None or dtype == weight.dtype or weight.dtype == torch.float64:

@@ -12,6 +12,7 @@ from torch import fx
 from gws_compile import torch_internals
 from gws_compile.config import Config
 from gws_compile.sampling import OPERATOR_VERSION
+from gws_compile.sharding import from_local_like
 
 from . import operations
 from .weights import Weight, weights_of
@@ -53,6 +54,11 @@ def sample_weights(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config:
 
         sample_weight = gws.sample_weight(weight, gws_keys, gws_clock, 0, ...)
         linear(x, sample_weight, bias)
+
+    A weight of which each rank holds a part (DTensor) is sampled part by part, at its place in the whole weight::
+
+        sample_weight = gws.sample_weight(weight.to_local(), gws_keys, gws_clock, 0, ..., whole, offset, ...)
+        linear(x, from_local_like(sample_weight, weight), bias)
 
     One sample serves all reads of a weight in a graph; a read inside an activation checkpoint is sampled in the
     checkpoint's body, which is computed again in backward and so keeps nothing. Frozen weights, and all weights while
@@ -126,12 +132,14 @@ class _Rewriter:
             return
         read = self._weight.reads[0]
         config = self._config
+        shard = self._weight.shard
         with gm.graph.inserting_before(readers[0]):
+            held = node if shard is None else gm.graph.call_method("to_local", (node,))
             sampled = gm.graph.create_node(
                 "call_function",
                 torch.ops.gws.sample_weight.default,
                 (
-                    node,
+                    held,
                     keys,
                     clock,
                     row,
@@ -141,14 +149,24 @@ class _Rewriter:
                     config.noise if keys is not None else "none",
                     list(config.block),
                     config.scale or "",
+                    [] if shard is None else list(shard.whole),
+                    [] if shard is None else list(shard.offset),
                     OPERATOR_VERSION,
                 ),
                 name="sample_weight",
             )
-        sampled.meta.update({k: v for k, v in readers[0].meta.items() if k in ("stack_trace", "nn_module_stack")})
-        sampled.meta["example_value"] = torch_internals.example_value(node)
+            used = sampled
+            if shard is not None:
+                used = gm.graph.call_function(from_local_like, (sampled, node))
+        value = torch_internals.example_value(node)
+        local = value if shard is None else torch_internals.local_example(value)
+        for made, example in ((held, local), (sampled, local), (used, value)):
+            if made is not node:
+                made.meta.update({k: v for k, v in readers[0].meta.items() if k in ("stack_trace", "nn_module_stack")})
+                made.meta["example_value"] = example
+        sampled.meta["gws_weight"] = self._weight
         for user in readers:
-            self._redirect(gm, user, node, sampled)
+            self._redirect(gm, user, node, used)
 
     def _redirect(self, gm: fx.GraphModule, user: fx.Node, old: fx.Node, new: fx.Node) -> None:
         """Have ``user`` take ``new`` for ``old``; where it also serves other uses, a copy of it does."""

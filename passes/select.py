@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import fx
 
+from gws_compile.cast import needs_block_maximum
 from gws_compile.config import Config
 from gws_compile.names import first_match
 from gws_compile.sampling import DTYPES, MAX_ELEMENTS
+from gws_compile.sharding import ShardRange
 
 from .weights import Weight, weights_of
 
@@ -23,10 +25,27 @@ def select_weights(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config:
         gm: the graph.
         example_inputs: unused.
         config: ``include`` and ``exclude`` decide by name.
+
+    Raises:
+        ValueError: a rank's shard of a weight does not consist of whole blocks.
     """
     for weight in weights_of(gm):
-        weight.reason = _reason(weight, config)
+        weight.reason = _reason(weight, config) or weight.reason
+    for weight in weights_of(gm):
+        if weight.reason is None and weight.shard is not None:
+            _check_shard(weight, weight.shard, config)
     return gm
+
+
+def _check_shard(weight: Weight, shard: ShardRange, config: Config) -> None:
+    if not needs_block_maximum(config.fmt, config.scale, config.noise):
+        return
+    cut = shard.cut_block(weight.reads[0].batch_dims, config.block)
+    if cut is not None:
+        raise ValueError(
+            f"{weight.name}: a shard of shape {shard.local} of the whole weight {shard.whole} cuts through a block of "
+            f"{config.block}: {cut}. Use a block that divides the shard, another number of ranks, or exclude the weight"
+        )
 
 
 def _reason(weight: Weight, config: Config) -> str | None:
@@ -46,6 +65,8 @@ def _reason(weight: Weight, config: Config) -> str | None:
         return f"{str(weight.dtype).removeprefix('torch.')} weights are not sampled"
     if any(n == 0 for n in weight.shape):
         return "empty"
+    if weight.shard is not None and 0 in weight.shard.local:
+        return "no part of it lies on this rank"
     if _elements(weight) > MAX_ELEMENTS:
         return f"more than {MAX_ELEMENTS} elements: its noise would repeat"
     return None

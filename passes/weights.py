@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from gws_compile.sharding import ShardRange
+
 _META = "gws_weights"
 
 MATRIX_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -42,6 +44,7 @@ class Weight:
         position: index of that placeholder among the graph's inputs.
         name: qualified name relative to the compiled module.
         shape, dtype, device, trainable: of the parameter; ``trainable`` is its ``requires_grad``.
+        shard: the part that this rank holds, where the parameter is a DTensor.
         reads: where it is read.
         embedded: it is also the table of an embedding look-up.
         written: it is written in place.
@@ -56,6 +59,7 @@ class Weight:
     dtype: torch.dtype
     device: torch.device
     trainable: bool
+    shard: ShardRange | None = None
     reads: list[Read] = field(default_factory=list)
     embedded: bool = False
     written: bool = False

@@ -20,9 +20,11 @@ KEYS = torch.tensor([[1, 2], [123456789, -987654321]], dtype=torch.int32)
 CLOCK = torch.tensor([7, -1], dtype=torch.int32)
 
 
-def arguments(w, *, fmt="e4m3", bits=5.0, noise="rounded_normal", block=(32, 32), scale="floor", batch_dims=0):
+def arguments(
+    w, *, fmt="e4m3", bits=5.0, noise="rounded_normal", block=(32, 32), scale="floor", batch_dims=0, part=((), ())
+):
     keys, clock = (None, None) if noise == "none" else (KEYS, CLOCK)
-    return (w, keys, clock, 1, batch_dims, fmt, bits, noise, list(block), scale, OPERATOR_VERSION)
+    return (w, keys, clock, 1, batch_dims, fmt, bits, noise, list(block), scale, *map(list, part), OPERATOR_VERSION)
 
 
 def sample(*args):
@@ -64,7 +66,7 @@ def test_version_is_raised_with_the_code():
         re.sub(r"OPERATOR_VERSION = \d+", "", ast.unparse(_Bare().visit(ast.parse(p.read_text())))) for p in sources
     ]
     digest = hashlib.sha256("".join(code).encode()).hexdigest()[:16]
-    assert (OPERATOR_VERSION, digest) == (2, "a4154a2e97e708e9")
+    assert (OPERATOR_VERSION, digest) == (3, "1f345a41823a8c5d")
 
 
 class _Bare(ast.NodeTransformer):
@@ -78,7 +80,7 @@ def test_errors():
     with torch._subclasses.FakeTensorMode(), pytest.raises(TypeError, match=r"float32.*got torch.float64"):
         sample(*arguments(torch.empty(4, 4, dtype=torch.float64), noise="none"))
     stale = (*arguments(torch.empty(4, 4), noise="none")[:-1], OPERATOR_VERSION - 1)
-    with torch._subclasses.FakeTensorMode(), pytest.raises(RuntimeError, match="the graph was made for 1"):
+    with torch._subclasses.FakeTensorMode(), pytest.raises(RuntimeError, match="the graph was made for 2"):
         sample(torch.empty(4, 4), *stale[1:])
 
 
@@ -121,6 +123,38 @@ def test_compiled_equals_eager():
     for got, want in zip(compiled, expected, strict=True):
         assert got.stride() == want.stride()
         assert_bits_equal(got, want)
+
+
+def test_parts_are_parts_of_the_whole_sample():
+    """A shard of whole blocks, at its offset, is that part of the whole weight's sample: eager and compiled."""
+    torch.manual_seed(0)
+    cases = [
+        ((96, 70), (32, 0), (64, 70), {}),
+        ((70, 96), (0, 32), (70, 64), {"noise": "uniform"}),
+        ((64, 64), (32, 32), (32, 32), {"fmt": "e2m1"}),
+        ((6, 40, 33), (2, 0, 0), (3, 40, 33), {"batch_dims": 1}),
+        ((20, 16, 3, 3), (8, 8, 0, 0), (12, 8, 3, 3), {"block": (4, 24)}),
+        ((40, 40), (0, 0), (40, 40), {}),
+    ]
+    wholes = [torch.randn(shape) for shape, *_ in cases]
+
+    def cut(w, offset, local):
+        return w[tuple(slice(o, o + n) for o, n in zip(offset, local, strict=True))].contiguous()
+
+    def run(parts):
+        return [
+            sample(*arguments(part, part=(shape, offset), **settings))
+            for part, (shape, offset, _, settings) in zip(parts, cases, strict=True)
+        ]
+
+    parts = [cut(w, offset, local) for w, (_, offset, local, _) in zip(wholes, cases, strict=True)]
+    expected = [
+        cut(sample(*arguments(w, **settings)), offset, local)
+        for w, (_, offset, local, settings) in zip(wholes, cases, strict=True)
+    ]
+    for got in (run(parts), torch.compile(run, fullgraph=True)(parts)):
+        for sampled, want in zip(got, expected, strict=True):
+            assert_bits_equal(sampled, want)
 
 
 def test_no_loop_loses_its_end():
