@@ -1,18 +1,17 @@
 """DistributedDataParallel on two ranks, with and without Dynamo's graph splitting: the run of one process."""
 
-import copy
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from support import eager
+from support.distributed import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gws_compile
 
-STEPS, BATCH, WIDTH = 3, 8, 40
+STEPS, BATCH, WIDTH = 3, 16, 40
+VARIANTS = ("split", "whole", "split, accumulating", "whole, accumulating")
 
 
 class Net(nn.Module):
@@ -24,54 +23,69 @@ class Net(nn.Module):
         return self.c(self.b(self.a(x).relu()).relu())
 
 
-def train(model, parameters, batches):
-    backend = gws_compile.backend("fp6_e3m2")
+def loss_of(call, x):
+    return call(x).square().mean()
+
+
+def model_and_batches():
+    torch.manual_seed(0)
+    return Net(), [torch.randn(BATCH, WIDTH) for _ in range(STEPS)]
+
+
+def train(rank, variant):
+    torch._dynamo.reset()
+    torch._dynamo.config.optimize_ddp = variant.startswith("split")
+    dist._DEFAULT_FIRST_BUCKET_BYTES = 2000  # small enough that a bucket holds one layer
+    single, batches = model_and_batches()
+    model = DistributedDataParallel(single, bucket_cap_mb=0.004)
+    backend = gws_compile.backend("fp6_e3m2", inner="aot_eager" if "accumulating" in variant else "inductor")
     compiled = torch.compile(model, backend=backend)
-    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
     for x in batches:
-        loss = compiled(x).square().mean()
-        loss.backward()
+        micro = x.chunk(2)[rank].chunk(2 if "accumulating" in variant else 1)
+        total = 0.0
+        for i, part in enumerate(micro):
+            model.require_backward_grad_sync = i == len(micro) - 1  # what no_sync() sets
+            loss = loss_of(compiled, part) / len(micro)
+            loss.backward()
+            total += loss.item()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses, backend
+        losses.append(total)
+    names = [r.name for r in backend.report().rewritten]
+    return (
+        losses,
+        {n: p.detach() for n, p in single.named_parameters()},
+        names,
+        len(backend.graphs),
+        backend.state_dict(),
+    )
 
 
-def run_rank(rank, port, split, results):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    torch._dynamo.config.optimize_ddp = split
-    dist._DEFAULT_FIRST_BUCKET_BYTES = 2000  # small enough that a bucket holds one layer
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    batches = [torch.randn(BATCH, WIDTH) for _ in range(STEPS)]
-    single = Net()
-    model = DistributedDataParallel(copy.deepcopy(single), bucket_cap_mb=0.004)
-    half = slice(BATCH // 2 * rank, BATCH // 2 * (rank + 1))
-    losses, backend = train(model, model.parameters(), [x[half] for x in batches])
-    results[rank] = (losses, [r.name for r in backend.report().rewritten], len(backend.graphs))
-    if rank == 0:
-        reference, _ = train(single, single.parameters(), batches)
-        results["single"] = reference
-        results["difference"] = max(
-            (p - q).abs().max().item() for p, q in zip(model.parameters(), single.parameters(), strict=True)
-        )
-    dist.destroy_process_group()
+def run_rank(rank):
+    return {variant: train(rank, variant) for variant in VARIANTS}
 
 
-@pytest.mark.parametrize("split", [True, False], ids=["split", "whole"])
-def test_two_ranks_are_one_process(split):
-    port = 29500 + os.getpid() % 500 + 500 * split
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(run_rank, args=(port, split, results), nprocs=2)
-        results = dict(results)
-    for rank in range(2):
-        _, names, graphs = results[rank]
-        assert names == ["a.weight", "b.weight", "c.weight"]  # no "module." in front, on every rank
-        assert graphs == (2 if split else 1)
-    mean = [(a + b) / 2 for a, b in zip(results[0][0], results[1][0], strict=True)]
+@pytest.fixture(scope="module")
+def ranks():
+    return run_ranks(run_rank)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_ranks_are_one_process(ranks, variant):
+    model, batches = model_and_batches()
+    expected = eager.train(model, [[x] for x in batches], loss_of, ("a.weight", "b.weight", "c.weight"), "fp6_e3m2")
+    mean = [sum(pair) / 2 for pair in zip(*(rank[variant][0] for rank in ranks), strict=True)]
     # One draw on every rank, or losses would differ in the second digit; gradients are averaged in another order.
-    torch.testing.assert_close(mean, results["single"], rtol=1e-6, atol=0)
-    assert results["difference"] < 1e-7
+    torch.testing.assert_close(mean, expected, rtol=1e-6, atol=0)
+    for _, parameters, names, graphs, state in (rank[variant] for rank in ranks):
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameters[name], parameter.detach(), rtol=0, atol=1e-7)
+        assert names == ["a.weight", "b.weight", "c.weight"]  # no "module." in front, on every rank
+        assert [name for name, _ in state["weights"]] == names
+        if variant == "split":
+            assert graphs == 2
+        if variant == "whole":
+            assert graphs == 1
+        assert state["step"] == STEPS
