@@ -31,7 +31,8 @@ class Checks:
         self._config = config
         self._registry = registry
         self._seen: set[str] = set()
-        self._looked_at_graphs = 0
+        self._graphs = 0
+        self._any_parameters = False
         self._steps = 0
         self._covered = False
         self._effective: set[str] = set()
@@ -49,7 +50,8 @@ class Checks:
             ValueError: under ``strict``, when no weight is rewritten or an included one is left alone.
         """
         config = self._config
-        self._looked_at_graphs += 1
+        self._graphs += 1
+        self._any_parameters |= has_parameters
         self._seen.update(w.name for w in weights)
         self._covered = False
         for pattern in config.include or ():
@@ -70,14 +72,10 @@ class Checks:
 
     def optimizer_stepped(self) -> None:
         """Check, behind an optimizer step, that training goes through the compiled graphs at all."""
-        if self._looked_at_graphs == 0:
+        if not self._any_parameters:
             self._steps += 1
             if self._steps == MANY_STEPS:
-                self._say(
-                    f"{MANY_STEPS} optimizer steps, and this backend ({self._config.fmt}) has compiled nothing: the "
-                    "model in training does not go through it. torch compiles no frame of its own files: for an "
-                    "nn.Sequential use torch.compile(model, backend=...) in place of model.compile(backend=...)"
-                )
+                self._say_nothing_trained()
         elif not self._covered:
             self._covered = True
             missing = list(dict.fromkeys(name for root in list(self._registry.roots) for name in self._missing(root)))
@@ -91,6 +89,19 @@ class Checks:
                 if self._config.strict and self._config.include is not None:
                     raise ValueError(f"strict=True: {message}")
                 self._say(message)
+
+    def _say_nothing_trained(self) -> None:
+        backend = f"{MANY_STEPS} optimizer steps, and this backend ({self._config.fmt}) has compiled"
+        if self._graphs:
+            self._say(
+                f"{backend} {self._graphs} graphs, none of which reads a parameter: no weight is trained with noise. "
+                "FullyShardedDataParallel (FSDP1) hands views of its own to the modules: use fully_shard (FSDP2)"
+            )
+        else:
+            self._say(
+                f"{backend} nothing: the model in training does not go through it. torch compiles no frame of its own "
+                "files: for an nn.Sequential use torch.compile(model, backend=...), not model.compile(backend=...)"
+            )
 
     def _missing(self, root: nn.Module) -> Iterator[str]:
         """Weights of a model that got a gradient without being in any graph, where noise is what the user asked for."""

@@ -199,6 +199,21 @@ def test_a_backend_that_nothing_goes_through_is_named():
     assert backend is not None
 
 
+def test_graphs_without_a_parameter_are_named():
+    """As FSDP1 makes them: the modules hold views of a flat parameter."""
+    flat = nn.Parameter(torch.randn(16))
+
+    def forward(weight, x):
+        return x @ weight
+
+    compiled = torch.compile(forward, backend=gws_compile.backend(inner="eager"))
+    optimizer = torch.optim.SGD([flat], lr=0.1)
+    with pytest.warns(gws_compile.GwsWarning, match=r"compiled 1 graphs, none of which reads a parameter.*FSDP1"):
+        for _ in range(MANY_STEPS):
+            compiled(flat.view(4, 4), torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+
+
 class Half(nn.Module):
     """A part that is compiled, and a part that is not."""
 

@@ -6,6 +6,7 @@ from support import eager
 from support.distributed import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -149,6 +150,38 @@ def test_a_shard_that_cuts_through_a_block_is_an_error(ranks):
             "up.weight: a shard of shape (48, 40) of the whole weight (96, 40) cuts through a block of (32, 32): "
             f"rows {rows} of 96 lie here, and a block has 32. Use a block that divides the shard"
         ) in rank["cut"]
+
+
+def train_2d(rank):
+    """Two ranks of data parallelism (FSDP2) times two of tensor parallelism."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    model, batches = model_and_batches()
+    parallel(model, mesh["tensor"])
+    fully_shard(model, mesh=mesh["data"])
+    backend = gws_compile.backend("fp6_e3m2", block=(16, 16), inner="aot_eager")
+    model.compile(backend=backend)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for (x,) in batches:
+        loss = loss_of(model, x.chunk(2)[mesh["data"].get_local_rank()])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, {n: p.full_tensor().detach() for n, p in model.named_parameters()}
+
+
+def test_with_fsdp_on_four_ranks():
+    ranks = run_ranks(train_2d, world=4)
+    model, batches = model_and_batches()
+    expected = eager.train(
+        model, batches, loss_of, ("up.weight", "down.weight", "out.weight"), "fp6_e3m2", block=(16, 16)
+    )
+    mean = [sum(four) / 4 for four in zip(*(losses for losses, _ in ranks), strict=True)]
+    torch.testing.assert_close(mean, expected, rtol=1e-6, atol=0)
+    for _, state in ranks:
+        for name, value in state.items():
+            torch.testing.assert_close(value, model.get_parameter(name).detach(), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize(
