@@ -5,8 +5,9 @@ model = torch.compile(model, backend=gws_compile.backend(fmt="fp8_e4m3"))
 
 from .api import backend, explain
 from .compiler import Backend
-from .config import DEFAULT_EXCLUDE, LearnedBits
+from .config import DEFAULT_EXCLUDE
 from .formats import FORMATS, FloatFormat
+from .learned import LearnedBits
 from .reference import quantize, sample
 from .report import Report, WeightRecord
 from .warning import GwsWarning

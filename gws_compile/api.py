@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx
 
 from .compiler import Backend
-from .config import DEFAULT_EXCLUDE, Backward, Config, Inner, LearnedBits, Noise, Resample, Scale
+from .config import DEFAULT_EXCLUDE, Backward, Config, Inner, Noise, Resample, Scale
 from .formats import FloatFormat
+from .learned import LearnedBits
 from .report import Report
+from .tracing import Tracer
 
 
 def backend(
-    fmt: str | FloatFormat = "fp8_e4m3",
+    fmt: str | FloatFormat | None = None,
     *,
     noise: Noise = "rounded_normal",
     bits: float | LearnedBits | None = None,
@@ -38,10 +38,12 @@ def backend(
     disabled, and for frozen weights, it becomes ``cast(w)``.
 
     Args:
-        fmt: element format of the cast: a name in `FORMATS`, any ``"eXmY"``, or a `FloatFormat`.
+        fmt: element format of the cast: a name in `FORMATS`, any ``"eXmY"``, or a `FloatFormat`; ``"fp8_e4m3"`` when
+            None. With learned widths it is the format of training, and the widest of their formats (bf16) when None.
         noise: law of R: ``"rounded_normal"``, round(N(0,1) / 2); ``"uniform"``, DiffQ's U(-1/2, 1/2); ``"none"``, the
             cast alone with a straight-through gradient.
-        bits: bit width b, 2 to 24, of the noise amplitude; the format's mantissa bits + 2 when None.
+        bits: bit width b, 2 to 24, of the noise amplitude; the format's mantissa bits + 2 when None. `LearnedBits` for
+            widths that are trained.
         block: rows and columns that share a maximum and a scale.
         scale: the block scale's rule: ``"floor"`` (OCP MX v1.0), ``"ceil"``, or None for no scale.
         include: globs on qualified names; only weights that match one are rewritten. All when None.
@@ -60,7 +62,6 @@ def backend(
 
     Raises:
         ValueError: a bad value; the message names it and what is accepted.
-        NotImplementedError: ``bits=LearnedBits(...)``.
     """
     return Backend(
         Config.make(
@@ -103,16 +104,8 @@ def explain(
         The report: every weight, rewritten or with the reason why not.
     """
     config = Config.make(fmt) if backend is None else backend.config
-    tracer = _Tracer(replace(config, inner="eager"))
+    tracer = Tracer(config)
     compiled = torch.compile(model, backend=tracer)
     with torch.random.fork_rng():
         compiled(*args, **kwargs)
     return tracer.report()
-
-
-class _Tracer(Backend):
-    """Rewrites for the report, and runs the model's own graph."""
-
-    def __call__(self, gm: fx.GraphModule, example_inputs: Any, **settings: Any) -> Callable[..., Any]:
-        super().__call__(gm, example_inputs)
-        return gm.forward

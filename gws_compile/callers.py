@@ -10,12 +10,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import nn
 
 from .names import clean
-from .torch_internals import pipeline_stage_index
+from .torch_internals import data_parallel_groups, pipeline_stage_index
 
 _FILES = ("torch.nn.modules.module", "torch.distributed.pipelining.stage")
 
@@ -38,14 +39,17 @@ class Callers:
 
     Attributes:
         root: the outermost module; None where a function was compiled and no module is on the stack.
+        groups: the process groups over which the innermost data-parallel module averages gradients.
     """
 
     def __init__(self) -> None:
         self.root: nn.Module | None = None
+        self.groups: tuple[Any, ...] = ()
         self._prefix = ""
         for this in _callers():
             if isinstance(this, nn.Module):
                 self.root = this
+                self.groups = self.groups or data_parallel_groups(this)
             elif (index := pipeline_stage_index(this)) is not None:
                 # Each rank holds other stages, and may call their modules alike.
                 self._prefix = f"stage{index}."

@@ -115,10 +115,13 @@ def cast(p: Primitives, y: Value, amax: Value | None, fmt: FloatFormat, scale: s
         rounded = p.iselect(p.ilt(magnitude, _EXPONENT), rounded, _NAN)
         return p.bits_float(p.ior(rounded, p.iand(q, _SIGN)))
     signed = p.bits_float(p.ior(rounded, p.iand(q, _SIGN)))
-    # A block with a NaN or an Inf becomes NaN as a whole.
+    return p.fmul(signed, p.bits_float(broken_block(p, amax, x_bits)))
+
+
+def broken_block(p: Primitives, amax: Value, x_bits: Value) -> Value:
+    """The bits of X; those of a NaN where the block has a NaN or an Inf, so that it becomes NaN as a whole."""
     finite = p.ilt(p.iand(p.float_bits(amax), _MAGNITUDE), _EXPONENT)
-    x = p.bits_float(p.iselect(finite, x_bits, _NAN))
-    return p.fmul(signed, x)
+    return p.iselect(finite, x_bits, _NAN)
 
 
 def _round_scaled(p: Primitives, magnitude: Value, fmt: FloatFormat) -> Value:

@@ -23,16 +23,18 @@ class Clock:
         step: number of the current draw, from 0.
         enabled: False while noise is switched off.
         pending: a new draw has been asked for.
+        frozen: learned widths are fixed.
     """
 
     def __init__(self) -> None:
         self.step = 0
         self.enabled = True
         self.pending = False
-        self._tensors: dict[torch.device, tuple[int, bool, torch.Tensor]] = {}
+        self.frozen = False
+        self._tensors: dict[torch.device, tuple[tuple[int, bool, bool], torch.Tensor]] = {}
         self._lock = threading.Lock()
 
-    def tick(self) -> None:
+    def tick(self, optimizer: object = None) -> None:
         """Ask for a new draw, beginning with the next training forward."""
         self.pending = True
 
@@ -44,11 +46,13 @@ class Clock:
                 self.pending = False
 
     def tensor(self, device: torch.device) -> torch.Tensor:
-        """int32 (2,): the draw's number, and -1 to draw or 0 to leave the weights as they are."""
-        step, enabled, tensor = self._tensors.get(device, (-1, False, None))
-        if tensor is None or step != self.step or enabled != self.enabled:
+        """int32 (3,): the draw's number; -1 to draw or 0 to leave the weights as they are; -1 for frozen widths."""
+        now = (self.step, self.enabled, self.frozen)
+        made, tensor = self._tensors.get(device, (None, None))
+        if tensor is None or made != now:
             # Filled by kernels whose scalars are launch arguments: no copy from the host, so no synchronization.
-            tensor = torch.full((2,), wrap_int32(self.step), dtype=torch.int32, device=device)
-            tensor[1].fill_(-1 if self.enabled else 0)
-            self._tensors[device] = (self.step, self.enabled, tensor)
+            tensor = torch.full((3,), wrap_int32(self.step), dtype=torch.int32, device=device)
+            tensor[1].fill_(-int(self.enabled))
+            tensor[2].fill_(-int(self.frozen))
+            self._tensors[device] = (now, tensor)
         return tensor

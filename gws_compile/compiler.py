@@ -6,12 +6,13 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
 
 from . import torch_internals
+from .bit_widths import BitWidths
 from .checks import MANY_FORWARDS, Checks
 from .clock import Clock
 from .config import Config
@@ -19,6 +20,7 @@ from .keys import KeyRegistry, KeyTable
 from .optimizers import after_each_step
 from .passes import InputLayout, Weight, input_layout, is_noisy, rewrite, weights_of
 from .report import Report, WeightRecord
+from .width_table import WidthTable
 
 log = logging.getLogger("gws_compile")
 
@@ -47,6 +49,9 @@ class Backend:
         if config.resample == "step":
             after_each_step(self._clock, Clock.tick)
         after_each_step(self._checks, Checks.optimizer_stepped)
+        self._bits = None if config.learned is None else BitWidths(config.learned, config.block)
+        if self._bits is not None:
+            after_each_step(self._bits, BitWidths.after_step)
 
     def __call__(
         self,
@@ -102,9 +107,10 @@ class Backend:
         added = rewritten.graph.find_nodes(op="placeholder")[len(example_inputs) :]
         extra = [torch_internals.example_value(node) for node in added]
         compiled = self._compile(rewritten, [*example_inputs, *extra], mode, options)
-        if not layout.trainable:
+        if not layout.trainable and not layout.learned:
             return compiled  # nothing depends on the call
-        return _Runtime(compiled, layout, extra, self._registry, self._clock, self._checks, config)
+        widths = None if self._bits is None else WidthTable(self._bits, self._registry, layout.learned)
+        return _Runtime(compiled, layout, extra, self._registry, self._clock, self._checks, widths, config)
 
     def _compile(
         self, gm: fx.GraphModule, inputs: Sequence[Any], mode: str | None, options: dict[str, Any] | None
@@ -143,17 +149,71 @@ class Backend:
         finally:
             self._clock.enabled = before
 
+    def prepare(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Find a model's weights and make the parameters of their bit widths, before anything runs.
+
+        An optimizer can then be built with `parameters`, and a checkpoint loaded. The model is traced on fake tensors:
+        nothing is computed. Without learned widths there is nothing to do. Call it before ``fully_shard``.
+
+        Args:
+            model: the module that will be called in training; a wrapped or compiled one is looked into.
+            *args: an example of the call's positional arguments; their values do not matter.
+            **kwargs: of its keyword arguments.
+        """
+        from .tracing import trainable_weights
+
+        if self._bits is not None:
+            for name, weight, batch_dims in trainable_weights(model, args, kwargs, self.config):
+                self._bits.prepare(weight, name, batch_dims)
+
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """The backend's own trainable parameters by name: none, while bit widths are fixed."""
-        return iter(())
+        """The backend's own trainable parameters, those of learned bit widths: a weight's name and ``.bits``.
+
+        float32: (block rows, block columns), with the matrices of an expert weight in front, or () for a width per
+        weight. They exist for the weights that `prepare` or a forward has seen; there are none while widths are fixed.
+        """
+        return iter(()) if self._bits is None else self._bits.named_parameters()
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """The backend's own trainable parameters, for an optimizer: none, while bit widths are fixed."""
+        """The parameters of `named_parameters`, for an optimizer."""
         return (parameter for _, parameter in self.named_parameters())
 
-    def bit_loss(self) -> torch.Tensor:
-        """The loss that pulls learned bit widths to their target: a float32 zero, while bit widths are fixed."""
-        return torch.zeros(())
+    def bits(self) -> dict[str, torch.Tensor]:
+        """The current bit widths by the weights' names, float32, shaped like the parameters; empty while fixed."""
+        return {} if self._bits is None else self._bits.widths()
+
+    def average_bits(self) -> float:
+        """The average bit width over all elements of the sampled weights; the fixed width where it is fixed."""
+        return self.config.bits if self._bits is None else self._bits.average()
+
+    def bit_loss(self, *, weighting: Literal["weight", "size"] = "weight") -> torch.Tensor:
+        """The loss term of learned bit widths, a float32 scalar; zero while widths are fixed.
+
+        With `LearnedBits.average`, the augmented Lagrangian of that wish: add it to the loss as it is. Otherwise the
+        mean of ``|b - target|`` over each weight's blocks, averaged over the weights: add it with a coefficient.
+
+        Args:
+            weighting: how weights are averaged: alike, or by their number of elements.
+
+        Raises:
+            RuntimeError: no weight is known yet.
+        """
+        return torch.zeros(()) if self._bits is None else self._bits.loss(weighting)
+
+    def freeze_bits(self, *, per_weight: bool = False) -> None:
+        """Round the learned widths up to what their formats stand for, and train on at these widths.
+
+        From here on training too casts each block to its width's format. Nothing is compiled again; the bit widths'
+        parameters no longer require gradients. Frozen widths stay so.
+
+        Args:
+            per_weight: one format for each weight, that of its average width, for hardware that cannot mix formats
+                inside a weight.
+        """
+        if self._bits is None:
+            raise RuntimeError("freeze_bits() needs bits=LearnedBits(...); the bit widths of this backend are fixed")
+        self._bits.freeze(per_weight=per_weight)
+        self._clock.frozen = True
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to draw the same noise.
@@ -164,14 +224,16 @@ class Backend:
         Returns:
             ``"seed"`` and ``"step"`` (the number of the next forward's draw), ints; ``"fmt"``, the format's
             specification; ``"weights"``, a list of ``[name, shape]`` of the weights that were sampled, whose names,
-            with the seed, are their keys.
+            with the seed, are their keys. With learned bit widths also ``"bits"``, their parameters by the weights'
+            names, ``"frozen"``, 0 or 1, and ``"steering"``, two scalar tensors, with `LearnedBits.average`.
         """
-        return {
+        state = {
             "seed": self.config.seed,
             "fmt": self.config.fmt.spec,
             "step": self._clock.step + self._clock.pending,
             "weights": [[name, list(shape)] for name, shape in self._registry.shapes().items()],
         }
+        return state if self._bits is None else {**state, **self._bits.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`, before the first forward or later.
@@ -186,6 +248,9 @@ class Backend:
         for key in ("seed", "fmt"):
             if state[key] != expected[key]:
                 raise ValueError(f"the state was saved with {key}={state[key]!r}, this backend has {expected[key]!r}")
+        if self._bits is not None:
+            self._bits.load_state_dict(state, [name for name, _ in state["weights"]])
+            self._clock.frozen = self._bits.frozen
         self._registry.expect({name: tuple(shape) for name, shape in state["weights"]})
         self._clock.step, self._clock.pending = int(state["step"]), False
 
@@ -208,7 +273,7 @@ def _unpickle(cls: type[Backend], config: Config, state: dict[str, Any]) -> Back
 
 
 class _Runtime:
-    """The compiled graph with its keys and clock: looked up by the Parameters that come in, at each call."""
+    """The compiled graph with its keys, clock and widths: looked up by the Parameters that come in, at each call."""
 
     def __init__(
         self,
@@ -218,9 +283,12 @@ class _Runtime:
         registry: KeyRegistry,
         clock: Clock,
         checks: Checks,
+        widths: WidthTable | None,
         config: Config,
     ) -> None:
         self._compiled = compiled
+        self._widths = widths
+        self._learned = [learned.position for learned in layout.learned]
         self._examples = examples
         self._trainable = layout.trainable
         self._clock = clock
@@ -232,10 +300,18 @@ class _Runtime:
         ]
 
     def __call__(self, *args: Any) -> Any:
-        if any(torch_internals.is_fake(args[i]) for _, positions, _ in self._tables for i in positions):
+        positions = [i for _, positions, _ in self._tables for i in positions]
+        if any(torch_internals.is_fake(args[i]) for i in (*positions, *self._learned)):
             # DDP's graph splitting runs the graph once on fake tensors, which are nobody's weights; and a clock made
             # now would be a fake tensor too.
             return self._compiled(*args, *self._examples)
+        extra = self._draw(args) if self._trainable else []
+        if self._widths is not None:
+            extra += self._widths([args[i] for i in self._learned])
+        return self._compiled(*args, *extra)
+
+    def _draw(self, args: Sequence[Any]) -> list[torch.Tensor]:
+        """Keys and clock of a training forward."""
         for position, name, trainable in self._trainable:
             if args[position].requires_grad != trainable:
                 # torch 2.11 does not guard on it; 2.13 does, and traces a new graph before it gets here.
@@ -261,7 +337,7 @@ class _Runtime:
             if not inside_backward and rows.count(self._clock.step) == MANY_FORWARDS:
                 self._checks.forwards_without_step()
             extra += [rows.tensor, self._clock.tensor(device)]
-        return self._compiled(*args, *extra)
+        return extra
 
 
 def _has_parameters(gm: fx.GraphModule) -> bool:

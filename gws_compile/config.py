@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from .cast import SCALES
 from .formats import FloatFormat
+from .learned import LearnedBits, check_bits
 from .noise import NOISES
 
 Scale = Literal["floor", "ceil"] | None
@@ -36,36 +36,22 @@ DEFAULT_EXCLUDE = (
 )
 """Names left alone by default: output heads and the routers of expert mixtures."""
 
+DEFAULT_FORMAT = "fp8_e4m3"
+
 INNERS = ("inductor", "aot_eager", "eager")
 
 
 @dataclass(frozen=True)
-class LearnedBits:
-    """Bit widths learned with the weights, one per block (arXiv 2505.11170, equation for b).
-
-    Args:
-        init: bit width at the start.
-        target: bit width that the bit loss pulls towards.
-
-    Raises:
-        ValueError: a width outside 2..24.
-    """
-
-    init: float = 6.0
-    target: float = 4.0
-
-    def __post_init__(self) -> None:
-        _check_bits("LearnedBits.init", self.init)
-        _check_bits("LearnedBits.target", self.target)
-
-
-@dataclass(frozen=True)
 class Config:
-    """Everything that decides how a graph is rewritten; `gws_compile.backend` documents each field."""
+    """Everything that decides how a graph is rewritten; `gws_compile.backend` documents each field.
+
+    With learned widths ``learned`` says which, and ``bits`` has no meaning.
+    """
 
     fmt: FloatFormat
     noise: Noise = "rounded_normal"
     bits: float = 0.0
+    learned: LearnedBits | None = None
     block: tuple[int, int] = (32, 32)
     scale: Scale = "floor"
     include: tuple[str, ...] | None = None
@@ -78,7 +64,7 @@ class Config:
 
     @staticmethod
     def make(
-        fmt: str | FloatFormat = "fp8_e4m3",
+        fmt: str | FloatFormat | None = None,
         *,
         noise: Noise = "rounded_normal",
         bits: float | LearnedBits | None = None,
@@ -96,16 +82,21 @@ class Config:
 
         Raises:
             ValueError: a bad value; the message names it and what is accepted.
-            NotImplementedError: ``bits=LearnedBits(...)``.
         """
+        learned = bits if isinstance(bits, LearnedBits) else None
+        if fmt is None:
+            fmt = DEFAULT_FORMAT if learned is None else learned.widest
         fmt = FloatFormat.parse(fmt)
         _check_choice("noise", noise, NOISES)
         _check_choice("scale", scale, SCALES)
         _check_choice("resample", resample, ("step", "forward"))
         _check_choice("backward", backward, ("save", "recompute"))
-        if isinstance(bits, LearnedBits):
-            raise NotImplementedError("learned bit widths (bits=LearnedBits(...)) are not built yet; give a number")
-        if bits is None:
+        if learned is not None:
+            if noise == "none":
+                raise ValueError("bits=LearnedBits(...) learns from the noise: noise must not be 'none'")
+            if fmt.mantissa_bits > 22:
+                raise ValueError(f"with bits=LearnedBits(...) fmt has at most 22 mantissa bits, got {fmt.name}")
+        if bits is None or isinstance(bits, LearnedBits):
             bits = fmt.noise_bits
         if not (isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**64):
             raise ValueError(f"seed must be an int in 0 .. 2**64 - 1, got {seed!r}")
@@ -116,7 +107,8 @@ class Config:
         return Config(
             fmt=fmt,
             noise=noise,
-            bits=_check_bits("bits", bits),
+            bits=check_bits("bits", bits),
+            learned=learned,
             block=check_block(block),
             scale=scale,
             include=None if include is None else _patterns("include", include),
@@ -133,17 +125,6 @@ def _check_choice(name: str, value: object, accepted: Iterable[object]) -> None:
     choices = tuple(accepted)
     if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def _check_bits(name: str, value: object) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not 2 <= value <= 24
-        or not math.isfinite(value)
-    ):
-        raise ValueError(f"{name} must be a number from 2 to 24, got {value!r}")
-    return float(value)
 
 
 def check_block(block: object) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,6 +48,7 @@ class KeyRegistry:
         self.roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._seed = seed
         self._names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._groups: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._used: dict[str, int] = {}
         self._saved: dict[str, tuple[int, ...]] | None = None
         self._lock = threading.RLock()
@@ -65,12 +67,18 @@ class KeyRegistry:
                 for weight, hint in zip(weights, hints, strict=True):
                     if self.name(weight) is None:
                         self._add(weight, callers.name(weight, hint))
+                        self._groups[weight] = callers.groups
             return [key_words(self._seed, str(self.name(weight))) for weight in weights]
 
     def name(self, weight: torch.Tensor) -> str | None:
         """The weight's unique name; None when it has not been seen."""
         name: str | None = self._names.get(weight)  # type: ignore[no-untyped-call]
         return name
+
+    def groups(self, weight: torch.Tensor) -> tuple[Any, ...]:
+        """The process groups over which the weight's gradient is averaged, as far as the stack told."""
+        groups: tuple[Any, ...] = self._groups.get(weight, ())  # type: ignore[no-untyped-call]
+        return groups
 
     def _add(self, weight: torch.Tensor, name: str) -> None:
         count = self._used.get(name, 0)

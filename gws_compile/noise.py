@@ -54,37 +54,60 @@ def random_word(p: Primitives, index: Value, key: tuple[Value, Value], step: Val
     return p.ixor(x, p.ishr(x, 14))
 
 
-def add_noise(p: Primitives, noise: str, w: Value, amax: Value, bits: float, word: Value, enabled: Value) -> Value:
-    """``w + R * a * 2**(1 - b)`` with R drawn from the word.
+def fixed_amplitude(p: Primitives, amax: Value, bits: float) -> Value:
+    """``a * 2**(1 - b)``, float32, for a width b that is the same everywhere."""
+    (factor,) = struct.unpack("<f", struct.pack("<f", 2.0 ** (1.0 - bits)))
+    return p.fmul(amax, factor)
+
+
+def add_noise(p: Primitives, noise: str, w: Value, amplitude: Value, word: Value, enabled: Value) -> Value:
+    """``w + R * amplitude`` with R drawn from the word.
+
+    Args:
+        p: the operations to write it in.
+        noise: the law of R, see `draw`.
+        w: float32 weight.
+        amplitude: float32, ``a * 2**(1 - b)``.
+        word: int32 from `random_word`.
+        enabled: int32, -1 to draw, 0 to leave ``w`` untouched.
+
+    Returns:
+        float32; bit for bit ``w`` where R is 0.
+    """
+    hit, r = draw(p, noise, word, enabled)
+    # The sign goes on as a bit, not as a factor: nothing a compiler could contract with the addition into a fused
+    # multiply-add, which would round differently from the eager kernel.
+    shift = p.float_bits(p.fmul(r, amplitude))
+    shift = p.bits_float(p.ior(shift, p.iand(word, _SIGN)))
+    return p.fselect(hit, p.fadd(w, shift), w)
+
+
+def draw(p: Primitives, noise: str, word: Value, enabled: Value) -> tuple[Value, Value]:
+    """Whether R is drawn and not 0, and |R|; the word's top bit is its sign.
 
     Args:
         p: the operations to write it in.
         noise: ``"rounded_normal"``: R = round(N(0,1) / 2), whose law is exact to 2**-31 (arXiv 2505.11170, and
             `TAIL_COUNTS` above). ``"uniform"``: R = U(-1/2, 1/2), on the odd multiples of 2**-25 (DiffQ, Defossez et
             al. 2021, arXiv 2104.09987).
-        w: float32 weight.
-        amax: float32 block maximum a.
-        bits: bit width b.
         word: int32 from `random_word`: the top bit is the sign of R, the others its magnitude.
-        enabled: int32, -1 to draw, 0 to leave ``w`` untouched.
+        enabled: int32, -1 to draw, 0 for R = 0.
 
     Returns:
-        float32; bit for bit ``w`` where R is 0.
+        A mask, and float32.
     """
-    (factor,) = struct.unpack("<f", struct.pack("<f", 2.0 ** (1.0 - bits)))
-    amplitude = p.fmul(amax, factor)
     magnitude = p.iand(word, 0x7FFFFFFF)
     if noise == "rounded_normal":
         one, two, three = TAIL_COUNTS
         hit = p.ilt(magnitude, p.iand(enabled, one))
-        r = p.fselect(p.ilt(magnitude, three), 3.0, p.fselect(p.ilt(magnitude, two), 2.0, 1.0))
-    elif noise == "uniform":
-        hit = p.ilt(enabled, 0)
-        r = p.fmul(p.to_float(p.iadd(p.imul(p.ishr(magnitude, 8), 2), 1)), 2.0**-25)
-    else:
-        raise AssertionError(noise)
-    # The sign goes on as a bit, not as a factor: nothing a compiler could contract with the addition into a fused
-    # multiply-add, which would round differently from the eager kernel.
-    shift = p.float_bits(p.fmul(r, amplitude))
-    shift = p.bits_float(p.ior(shift, p.iand(word, _SIGN)))
-    return p.fselect(hit, p.fadd(w, shift), w)
+        return hit, p.fselect(p.ilt(magnitude, three), 3.0, p.fselect(p.ilt(magnitude, two), 2.0, 1.0))
+    if noise == "uniform":
+        return p.ilt(enabled, 0), p.fmul(p.to_float(p.iadd(p.imul(p.ishr(magnitude, 8), 2), 1)), 2.0**-25)
+    raise AssertionError(noise)
+
+
+def signed_draw(p: Primitives, noise: str, word: Value, enabled: Value) -> Value:
+    """R itself, float32."""
+    hit, r = draw(p, noise, word, enabled)
+    signed = p.bits_float(p.ior(p.float_bits(r), p.iand(word, _SIGN)))
+    return p.fselect(hit, signed, 0.0)

@@ -12,8 +12,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 T = TypeVar("T")
 
 
-def after_each_step(observer: T, act: Callable[[T], None]) -> None:
-    """Call ``act(observer)`` whenever any ``torch.optim`` optimizer has stepped, for as long as the observer lives.
+def after_each_step(observer: T, act: Callable[[T, torch.optim.Optimizer], None]) -> None:
+    """Call ``act(observer, optimizer)`` whenever any ``torch.optim`` optimizer has stepped, while the observer lives.
 
     A step that ``GradScaler`` leaves out is none. Under ``torch.compile(optimizer.step)`` the call is made outside the
     compiled code: traced, it would be compiled again as the count of steps changes.
@@ -23,7 +23,7 @@ def after_each_step(observer: T, act: Callable[[T], None]) -> None:
     def stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         alive = this()
         if alive is not None:
-            act(alive)
+            act(alive, optimizer)
 
     hook: Callable[..., None] = torch.compiler.disable(stepped)  # type: ignore[no-untyped-call]
     handle = register_optimizer_step_post_hook(hook)

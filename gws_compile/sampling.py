@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from .cast import cast, needs_block_maximum
 from .config import check_block
 from .formats import FloatFormat
-from .noise import add_noise, random_word
+from .learned import WidthRule, block_grid, cast_to_grid, width, width_gradient
+from .learned import amplitude as width_amplitude
+from .noise import add_noise, fixed_amplitude, random_word, signed_draw
 from .primitives import TorchPrimitives
 
-OPERATOR_VERSION = 3
+OPERATOR_VERSION = 4
 """Part of every call's arguments. Compile caches see a graph's arguments, not the lowering's source: raise it whenever
 noise, cast or lowering change what they compute."""
 
@@ -76,6 +79,8 @@ def sample_eager(
     noise: str,
     block: tuple[int, int],
     scale: str | None,
+    learned: torch.Tensor | None = None,
+    rule: WidthRule | None = None,
     whole: Sequence[int] = (),
     offset: Sequence[int] = (),
 ) -> torch.Tensor:
@@ -83,23 +88,84 @@ def sample_eager(
     if not w.numel():
         return torch.empty_like(w)
     p = TorchPrimitives()
-    m, r, c = matrix_shape(w.shape, batch_dims)
-    y = w.detach().reshape(m, r, c).to(torch.float32)
-    amax = None
-    if needs_block_maximum(fmt, scale, noise):
-        amax = block_maximum(y, block)
-        rows = torch.arange(r, device=w.device) // block[0]
-        cols = torch.arange(c, device=w.device) // block[1]
-        amax = amax[:, rows[:, None], cols]
+    blocks = Blocks(w, batch_dims, block)
+    y = blocks.matrices(w)
+    if learned is None or rule is None:
+        amax = blocks.expand(block_maximum(y, block)) if needs_block_maximum(fmt, scale, noise) else None
+        amplitude = None if noise == "none" else fixed_amplitude(p, amax, bits)
+    else:
+        block_amax = block_maximum(y, block)
+        b = width(p, learned.detach().expand(block_amax.shape), rule)
+        drawing = None if clock is None else p.iand(clock[1], p.ixor(clock[2], -1))
+        grid = block_grid(p, b, block_amax, drawing, fmt, rule, scale, w.dtype)
+        amplitude = blocks.expand(width_amplitude(p, b, block_amax))
     if noise != "none":
         assert keys is not None
         assert clock is not None
-        assert amax is not None
-        index = element_index(w.shape, whole or w.shape, offset or [0] * w.ndim, w.device).view(m, r, c)
+        index = blocks.matrices(element_index(w.shape, whole or w.shape, offset or [0] * w.ndim, w.device))
         word = random_word(p, index, (keys[row, 0], keys[row, 1]), clock[0])
-        y = add_noise(p, noise, y, amax, bits, word, clock[1])
-    result = cast(p, y, amax, fmt, scale, w.dtype).to(w.dtype).view(w.shape)
-    return torch.empty_like(w).copy_(result)
+        y = add_noise(p, noise, y, amplitude, word, clock[1])
+    if learned is None:
+        result = cast(p, y, amax, fmt, scale, w.dtype)
+    else:
+        result = cast_to_grid(p, y, grid.map(blocks.expand))
+    return torch.empty_like(w).copy_(result.to(w.dtype).view(w.shape))
+
+
+class Blocks:
+    """The blocks of a weight."""
+
+    def __init__(self, w: torch.Tensor, batch_dims: int, block: tuple[int, int]) -> None:
+        self.shape = matrix_shape(w.shape, batch_dims)
+        _, rows, cols = self.shape
+        self._rows = torch.arange(rows, device=w.device) // block[0]
+        self._cols = torch.arange(cols, device=w.device) // block[1]
+        self._block = block
+
+    def matrices(self, x: torch.Tensor) -> torch.Tensor:
+        """A tensor of the weight's shape as (matrices, rows, columns): a float one as float32, detached."""
+        x = x.detach().reshape(self.shape)
+        return x.to(torch.float32) if x.is_floating_point() else x
+
+    def expand(self, x: object) -> torch.Tensor:
+        """A value of each block, (matrices, block rows, block columns), at every element; a number as it is."""
+        return x[:, self._rows[:, None], self._cols] if isinstance(x, torch.Tensor) else x  # type: ignore[return-value]
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum of (matrices, rows, columns) over each block."""
+        (_, rows, cols), (br, bc) = self.shape, self._block
+        x = torch.nn.functional.pad(x, (0, -cols % bc, 0, -rows % br))
+        return x.view(x.shape[0], x.shape[1] // br, br, x.shape[2] // bc, bc).sum(dim=(2, 4))
+
+
+def bits_gradient_eager(
+    grad: torch.Tensor,
+    w: torch.Tensor,
+    keys: torch.Tensor,
+    clock: torch.Tensor,
+    learned: torch.Tensor,
+    row: int,
+    batch_dims: int,
+    noise: str,
+    block: tuple[int, int],
+    rule: WidthRule,
+    whole: Sequence[int] = (),
+    offset: Sequence[int] = (),
+) -> torch.Tensor:
+    """The eager kernel; arguments as in `bits_gradient`."""
+    if not w.numel():
+        return torch.zeros_like(learned)
+    p = TorchPrimitives()
+    blocks = Blocks(w, batch_dims, block)
+    index = blocks.matrices(element_index(w.shape, whole or w.shape, offset or [0] * w.ndim, w.device))
+    word = random_word(p, index, (keys[row, 0], keys[row, 1]), clock[0])
+    product = blocks.sum(blocks.matrices(grad) * signed_draw(p, noise, word, clock[1]))
+    amax = block_maximum(blocks.matrices(w), block)
+    b = width(p, learned.detach().expand(amax.shape), rule)
+    gradient = product * width_amplitude(p, b, amax) * -math.log(2.0)
+    if learned.ndim == 0:
+        gradient = gradient.sum()
+    return torch.as_tensor(width_gradient(p, gradient.reshape(learned.shape), learned.detach(), rule))
 
 
 @torch.library.custom_op("gws::sample_weight", mutates_args=())
@@ -114,6 +180,8 @@ def sample_weight(
     noise: str,
     block: list[int],
     scale: str,
+    learned: torch.Tensor | None,
+    rule: str,
     whole: list[int],
     offset: list[int],
     version: int,
@@ -123,7 +191,8 @@ def sample_weight(
     Args:
         w: the weight, float32, bfloat16 or float16, two or more dims.
         keys: int32, (weights, 2): the two key words of each weight. None when ``noise`` is ``"none"``.
-        clock: int32, (2,): the number of the draw, and -1 to draw or 0 to cast ``w`` as it is. None likewise.
+        clock: int32, (3,): the number of the draw; -1 to draw or 0 to cast ``w`` as it is; -1 where learned widths are
+            frozen, else 0. None likewise.
         row: the row of ``keys`` that is this weight's.
         batch_dims: see `matrix_shape`.
         fmt: `FloatFormat.spec` of the element format.
@@ -131,6 +200,10 @@ def sample_weight(
         noise: one of `gws_compile.noise.NOISES`.
         block: block shape, two positive ints.
         scale: ``"floor"``, ``"ceil"``, or ``""`` for no block scale.
+        learned: float32, the parameter b_i of learned widths, see `gws_compile.learned.parameter_shape`; None for the
+            fixed width ``bits``.
+        rule: `WidthRule.spec` of its meaning; empty for a fixed width. While noise is drawn, the cast is to ``fmt``;
+            without noise, and with frozen widths, to the format that the block's width stands for.
         whole: shape of the weight of which ``w`` is one rank's part; empty where it is whole.
         offset: index of the part's first element in the whole weight; empty likewise.
         version: `OPERATOR_VERSION`.
@@ -149,6 +222,8 @@ def sample_weight(
         noise,
         check_block(block),
         scale or None,
+        learned,
+        WidthRule.parse(rule) if rule else None,
         whole,
         offset,
     )
@@ -166,6 +241,8 @@ def _(
     noise: str,
     block: list[int],
     scale: str,
+    learned: torch.Tensor | None,
+    rule: str,
     whole: list[int],
     offset: list[int],
     version: int,
@@ -177,8 +254,71 @@ def _(
     return torch.empty_like(w)
 
 
-def _backward(ctx: object, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return (grad, *[None] * 12)
+@torch.library.custom_op("gws::bits_gradient", mutates_args=())
+def bits_gradient(
+    grad: torch.Tensor,
+    w: torch.Tensor,
+    keys: torch.Tensor,
+    clock: torch.Tensor,
+    learned: torch.Tensor,
+    row: int,
+    batch_dims: int,
+    noise: str,
+    block: list[int],
+    rule: str,
+    whole: list[int],
+    offset: list[int],
+    version: int,
+) -> torch.Tensor:
+    """Gradient of a learned width's parameter (arXiv 2505.11170): R is drawn again from its counter.
+
+    ``dL/db = -ln 2 * 2**(1 - b) * a * sum over the block of (dL/dw_hat * R)``, summed over the blocks of a weight that
+    has one width; times ``init - target``; zero where the width would leave its range.
+
+    Args:
+        grad: gradient of the sampled weight, of its shape.
+        w, keys, clock, learned, row, batch_dims, noise, block, rule, whole, offset, version: of `sample_weight`.
+
+    Returns:
+        float32, shape of ``learned``.
+    """
+    return bits_gradient_eager(
+        grad, w, keys, clock, learned, row, batch_dims, noise, check_block(block), WidthRule.parse(rule), whole, offset
+    )
 
 
-sample_weight.register_autograd(_backward)
+@bits_gradient.register_fake
+def _(
+    grad: torch.Tensor,
+    w: torch.Tensor,
+    keys: torch.Tensor,
+    clock: torch.Tensor,
+    learned: torch.Tensor,
+    row: int,
+    batch_dims: int,
+    noise: str,
+    block: list[int],
+    rule: str,
+    whole: list[int],
+    offset: list[int],
+    version: int,
+) -> torch.Tensor:
+    return torch.empty_like(learned)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    w, keys, clock, row, batch_dims, _, _, noise, block, _, learned, rule, whole, offset, version = inputs
+    ctx.learned = learned is not None and noise != "none"
+    if ctx.learned:
+        ctx.save_for_backward(w, keys, clock, learned)
+        ctx.rest = (row, batch_dims, noise, block, rule, whole, offset, version)
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    bits = None
+    if ctx.learned and ctx.needs_input_grad[10]:
+        bits = bits_gradient(grad, *ctx.saved_tensors, *ctx.rest)
+    return (grad, *[None] * 9, bits, *[None] * 4)
+
+
+sample_weight.register_autograd(_backward, setup_context=_setup_context)

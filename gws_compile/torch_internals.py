@@ -106,6 +106,23 @@ def example_value(node: fx.Node) -> Any:
     return node.meta.get("example_value")
 
 
+def fake_mode() -> Any:
+    """A new mode for fake tensors, in which a model may also meet real ones."""
+    return _find("torch._subclasses.fake_tensor", "FakeTensorMode")(allow_non_fake_inputs=True)
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside ``torch.compile``'s and DistributedDataParallel's wrappers. Relies on ``_orig_mod``."""
+    optimized = _find("torch._dynamo.eval_frame", "OptimizedModule")
+    while True:
+        if isinstance(model, optimized):
+            model = model._orig_mod
+        elif isinstance(model, torch.nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
 def is_fake(value: object) -> bool:
     """Whether a tensor is a FakeTensor: DDP's graph splitting calls the compiled function with such while compiling."""
     return isinstance(value, _find("torch._subclasses.fake_tensor", "FakeTensor"))
@@ -167,6 +184,40 @@ def local_example(value: Any) -> Any:
     return value._local_tensor
 
 
+def data_parallel_groups(module: object) -> tuple[Any, ...]:
+    """The process groups over which a DistributedDataParallel or FSDP2 module averages gradients; () for any other.
+
+    Relies on ``DistributedDataParallel.process_group`` and, for FSDP2, on
+    ``_get_fsdp_state()._fsdp_param_group.mesh_info``.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return ()
+    if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+        return (module.process_group,)
+    if "torch.distributed.fsdp" in sys.modules and isinstance(module, _find("torch.distributed.fsdp", "FSDPModule")):
+        params = module._get_fsdp_state()._fsdp_param_group
+        info = None if params is None else params.mesh_info
+        groups = (getattr(info, name, None) for name in ("shard_process_group", "replicate_process_group"))
+        return tuple(group for group in groups if group is not None)
+    return ()
+
+
+def shard_groups(value: torch.Tensor) -> tuple[Any, ...]:
+    """The process groups of the mesh dims along which a DTensor is sharded; () for a plain tensor."""
+    if shard_range(value) is None:
+        return ()
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(value, DTensor)
+    mesh = value.device_mesh
+    return tuple(mesh.get_group(dim) for dim, placement in enumerate(value.placements) if placement.is_shard())
+
+
+def at_end_of_backward(callback: Callable[[], None]) -> None:
+    """Call back when the backward that is running has ended. Relies on ``Variable._execution_engine``."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
 def pipeline_stage_index(value: object) -> int | None:
     """The stage number of a ``torch.distributed.pipelining`` stage; None for everything else.
 
@@ -203,7 +254,8 @@ def named_compile(name: str, gm: fx.GraphModule, example_inputs: Sequence[Any]) 
 def inductor() -> SimpleNamespace:
     """What a lowering is written with; imports Inductor on first use.
 
-    Relies on ``virtualized.ops``, ``ir.Pointwise``, ``lowering.register_lowering`` and the lowering of ``aten.amax``.
+    Relies on ``virtualized.ops``, ``ir.Pointwise``, ``lowering.register_lowering``, the lowerings of ``aten.amax`` and
+    ``aten.sum``.
     """
     sympy = importlib.import_module("sympy")
     ops = _find("torch._inductor.virtualized", "ops")
@@ -256,6 +308,7 @@ def inductor() -> SimpleNamespace:
         ops=ops,
         Pointwise=_find("torch._inductor.ir", "Pointwise"),
         amax=lambda x, dims: lowerings[torch.ops.aten.amax.default](x, dims),
+        sum=lambda x, dims: lowerings[torch.ops.aten.sum.dim_IntList](x, dims),
         ceildiv=lambda a, b: floordiv(sympy.sympify(a) + (b - 1), sympy.Integer(b)),
         product=product,
         unflatten=unflatten,

@@ -16,11 +16,21 @@ from gws_compile.torch_internals import copy_graph_module
 
 from .find import find_weight_reads
 from .recompute import recompute_in_backward
-from .sample import InputLayout, input_layout, is_noisy, sample_weights
+from .sample import InputLayout, LearnedInput, input_layout, is_noisy, sample_weights
 from .select import select_weights
 from .weights import Read, Weight, weights_of
 
-__all__ = ["PASSES", "InputLayout", "Read", "Weight", "input_layout", "is_noisy", "rewrite", "weights_of"]
+__all__ = [
+    "PASSES",
+    "InputLayout",
+    "LearnedInput",
+    "Read",
+    "Weight",
+    "input_layout",
+    "is_noisy",
+    "rewrite",
+    "weights_of",
+]
 
 PASSES: tuple[Callable[..., fx.GraphModule], ...] = (
     find_weight_reads,

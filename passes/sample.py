@@ -11,8 +11,9 @@ from torch import fx
 
 from gws_compile import torch_internals
 from gws_compile.config import Config
-from gws_compile.sampling import OPERATOR_VERSION
-from gws_compile.sharding import from_local_like
+from gws_compile.learned import WidthRule, parameter_shape
+from gws_compile.sampling import OPERATOR_VERSION, matrix_shape
+from gws_compile.sharding import ShardRange, from_local_like
 
 from . import operations
 from .weights import Weight, weights_of
@@ -24,17 +25,37 @@ _LAYOUT = "gws_layout"
 class InputLayout:
     """The inputs that the rewritten graph takes behind its own.
 
-    For each device: an int32 (weights, 2) tensor of keys and an int32 (2,) clock, in this order.
+    For each device: an int32 (weights, 2) tensor of keys and an int32 (3,) clock, in this order. Then the parameters of
+    learned widths.
 
     Attributes:
         positions: per device, the input positions of the weights whose keys are the rows.
         names: per device, those weights' qualified names.
         trainable: input position, name and ``requires_grad`` of each rewritten weight, where noise depends on it.
+        learned: the weights whose widths are inputs, in this order.
     """
 
     positions: dict[torch.device, tuple[int, ...]]
     names: dict[torch.device, tuple[str, ...]]
     trainable: tuple[tuple[int, str, bool], ...]
+    learned: tuple[LearnedInput, ...]
+
+
+@dataclass(frozen=True)
+class LearnedInput:
+    """A weight whose bit widths the graph takes as an input.
+
+    Attributes:
+        position: input position of the weight.
+        name: its qualified name.
+        batch_dims: see `gws_compile.sampling.matrix_shape`.
+        shard: the part that this rank holds, where the weight is a DTensor.
+    """
+
+    position: int
+    name: str
+    batch_dims: int
+    shard: ShardRange | None
 
 
 def input_layout(gm: fx.GraphModule) -> InputLayout:
@@ -64,7 +85,9 @@ def sample_weights(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config:
     checkpoint's body, which is computed again in backward and so keeps nothing. Frozen weights, and all weights while
     gradients are disabled, are cast without noise. Other uses of the weight keep reading the weight itself.
 
-    Requires `weights_of(gm)` with the reasons set. Provides `input_layout(gm)`: keys and clock are new inputs.
+    With learned widths their parameters are inputs too, also of graphs without noise, whose cast depends on them.
+
+    Requires `weights_of(gm)` with the reasons set. Provides `input_layout(gm)`: keys, clock and widths are new inputs.
 
     Args:
         gm: a copy of Dynamo's graph; changed in place, checkpoint bodies are copied first.
@@ -83,23 +106,39 @@ def sample_weights(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config:
         suffix = f"_{i}" if len(devices) > 1 else ""
         example = torch_internals.example_value(members[0].node)
         keys = torch.zeros(len(members), 2, dtype=torch.int32, device=device)
-        clock = torch.zeros(2, dtype=torch.int32, device=device)
+        clock = torch.zeros(3, dtype=torch.int32, device=device)
         extra[device] = (
             torch_internals.add_placeholder(gm.graph, f"gws_keys{suffix}", torch_internals.fake_like(keys, example)),
             torch_internals.add_placeholder(gm.graph, f"gws_clock{suffix}", torch_internals.fake_like(clock, example)),
         )
+    learned = [w for w in chosen if config.learned is not None and w.trainable]
+    bits = {w.position: _add_widths(gm, w, i, config) for i, w in enumerate(learned)}
     for weight in chosen:
-        row = positions[weight.device].index(weight.position) if weight in noisy else None
-        inputs = None if row is None else (*extra[weight.device], row)
-        _Rewriter(weight, config, inputs).rewrite(gm, weight.node)
+        is_drawn = weight in noisy
+        key_node, clock_node = extra[weight.device] if is_drawn else (None, None)
+        row = positions[weight.device].index(weight.position) if is_drawn else 0
+        inputs = _Inputs(key_node, clock_node, bits.get(weight.position))
+        _Rewriter(weight, config, row).rewrite(gm, weight.node, inputs)
     for module in [gm, *gm.children()]:
         if isinstance(module, fx.GraphModule):
             module.graph.lint()
             module.recompile()
     training = config.noise != "none" and torch.is_grad_enabled()
     trainable = tuple((w.position, w.name, w.trainable) for w in chosen) if training else ()
-    gm.meta[_LAYOUT] = InputLayout(positions, names, trainable)
+    widths = tuple(LearnedInput(w.position, w.name, w.reads[0].batch_dims, w.shard) for w in learned)
+    gm.meta[_LAYOUT] = InputLayout(positions, names, trainable, widths)
     return gm
+
+
+def _add_widths(gm: fx.GraphModule, weight: Weight, number: int, config: Config) -> fx.Node:
+    assert config.learned is not None
+    local = weight.shape if weight.shard is None else weight.shard.local
+    shape = parameter_shape(*matrix_shape(local, weight.reads[0].batch_dims), config.block, config.learned.granularity)
+    parameter = torch.ones(shape, device=weight.device, requires_grad=True)
+    example = torch_internals.example_value(weight.node)
+    return torch_internals.add_placeholder(
+        gm.graph, f"gws_bits_{number}", torch_internals.fake_like(parameter, example)
+    )
 
 
 def is_noisy(weight: Weight, config: Config) -> bool:
@@ -107,26 +146,29 @@ def is_noisy(weight: Weight, config: Config) -> bool:
     return config.noise != "none" and weight.trainable and torch.is_grad_enabled()
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """The nodes of a weight's inputs, in the graph that is being rewritten."""
+
+    keys: fx.Node | None
+    clock: fx.Node | None
+    bits: fx.Node | None
+
+
 class _Rewriter:
     """Rewrites one weight in a graph and in the checkpoint bodies that the graph hands it to."""
 
-    def __init__(self, weight: Weight, config: Config, inputs: tuple[fx.Node, fx.Node, int] | None) -> None:
+    def __init__(self, weight: Weight, config: Config, row: int) -> None:
         self._weight = weight
         self._config = config
-        self._inputs = inputs
+        self._row = row
 
-    def rewrite(self, gm: fx.GraphModule, node: fx.Node) -> None:
+    def rewrite(self, gm: fx.GraphModule, node: fx.Node, inputs: _Inputs) -> None:
         """Sample the value in ``node``, the weight in ``gm``, for all of its reads there."""
-        keys, clock, row = self._inputs if self._inputs is not None else (None, None, 0)
-        self._rewrite(gm, node, keys, clock, row)
-
-    def _rewrite(
-        self, gm: fx.GraphModule, node: fx.Node, keys: fx.Node | None, clock: fx.Node | None, row: int
-    ) -> None:
         readers = [user for user in node.users if self._leads_to_read(gm, user, node)]
         bodies = [user for user in readers if torch_internals.checkpoint_body(user) is not None]
         for user in bodies:
-            self._rewrite_body(gm, user, node, keys, clock, row)
+            self._rewrite_body(gm, user, node, inputs)
         readers = [user for user in readers if user not in bodies]
         if not readers:
             return
@@ -140,15 +182,17 @@ class _Rewriter:
                 torch.ops.gws.sample_weight.default,
                 (
                     held,
-                    keys,
-                    clock,
-                    row,
+                    inputs.keys,
+                    inputs.clock,
+                    self._row,
                     read.batch_dims,
                     config.fmt.spec,
                     config.bits,
-                    config.noise if keys is not None else "none",
+                    config.noise if inputs.keys is not None else "none",
                     list(config.block),
                     config.scale or "",
+                    inputs.bits,
+                    WidthRule.of(config.learned).spec if inputs.bits is not None and config.learned else "",
                     [] if shard is None else list(shard.whole),
                     [] if shard is None else list(shard.offset),
                     OPERATOR_VERSION,
@@ -203,15 +247,7 @@ class _Rewriter:
             self._leads_only_to_reads(gm, user, node) for user in node.users
         )
 
-    def _rewrite_body(
-        self,
-        gm: fx.GraphModule,
-        node: fx.Node,
-        operand: fx.Node,
-        keys: fx.Node | None,
-        clock: fx.Node | None,
-        row: int,
-    ) -> None:
+    def _rewrite_body(self, gm: fx.GraphModule, node: fx.Node, operand: fx.Node, inputs: _Inputs) -> None:
         body = torch_internals.checkpoint_body(node)
         assert body is not None
         inner = getattr(gm, str(body.target))
@@ -219,9 +255,9 @@ class _Rewriter:
             inner = torch_internals.copy_graph_module(inner)
             inner.meta["gws_copied"] = True
             setattr(gm, str(body.target), inner)
-        inside = [_as_operand(inner, node, extra) for extra in (keys, clock)]
+        inside = _Inputs(*(_as_operand(inner, node, extra) for extra in (inputs.keys, inputs.clock, inputs.bits)))
         for placeholder in _operand_placeholders(inner, node, operand):
-            self._rewrite(inner, placeholder, inside[0], inside[1], row)
+            self.rewrite(inner, placeholder, inside)
 
 
 def _operand_placeholders(inner: fx.GraphModule, node: fx.Node, operand: fx.Node) -> list[fx.Node]:

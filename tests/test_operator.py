@@ -13,18 +13,33 @@ from support.oracle import assert_bits_equal
 from torch._inductor.utils import run_and_get_code
 
 import gws_compile.lowering
-from gws_compile import cast, formats, noise, primitives, sampling
+from gws_compile import cast, formats, learned, noise, primitives, sampling
 from gws_compile.sampling import OPERATOR_VERSION
 
 KEYS = torch.tensor([[1, 2], [123456789, -987654321]], dtype=torch.int32)
-CLOCK = torch.tensor([7, -1], dtype=torch.int32)
+CLOCK = torch.tensor([7, -1, 0], dtype=torch.int32)
 
 
 def arguments(
     w, *, fmt="e4m3", bits=5.0, noise="rounded_normal", block=(32, 32), scale="floor", batch_dims=0, part=((), ())
 ):
     keys, clock = (None, None) if noise == "none" else (KEYS, CLOCK)
-    return (w, keys, clock, 1, batch_dims, fmt, bits, noise, list(block), scale, *map(list, part), OPERATOR_VERSION)
+    return (
+        w,
+        keys,
+        clock,
+        1,
+        batch_dims,
+        fmt,
+        bits,
+        noise,
+        list(block),
+        scale,
+        None,
+        "",
+        *map(list, part),
+        OPERATOR_VERSION,
+    )
 
 
 def sample(*args):
@@ -61,12 +76,12 @@ def test_gradient_is_the_identity(dtype):
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="other Python versions print the same code differently")
 def test_version_is_raised_with_the_code():
     """Compile caches tell versions apart by the operator's version alone: change it with what is computed."""
-    sources = [Path(m.__file__) for m in (cast, formats, noise, primitives, sampling, gws_compile.lowering)]
+    sources = [Path(m.__file__) for m in (cast, formats, learned, noise, primitives, sampling, gws_compile.lowering)]
     code = [
         re.sub(r"OPERATOR_VERSION = \d+", "", ast.unparse(_Bare().visit(ast.parse(p.read_text())))) for p in sources
     ]
     digest = hashlib.sha256("".join(code).encode()).hexdigest()[:16]
-    assert (OPERATOR_VERSION, digest) == (3, "1f345a41823a8c5d")
+    assert (OPERATOR_VERSION, digest) == (4, "a2361924c3628870")
 
 
 class _Bare(ast.NodeTransformer):
@@ -80,7 +95,7 @@ def test_errors():
     with torch._subclasses.FakeTensorMode(), pytest.raises(TypeError, match=r"float32.*got torch.float64"):
         sample(*arguments(torch.empty(4, 4, dtype=torch.float64), noise="none"))
     stale = (*arguments(torch.empty(4, 4), noise="none")[:-1], OPERATOR_VERSION - 1)
-    with torch._subclasses.FakeTensorMode(), pytest.raises(RuntimeError, match="the graph was made for 2"):
+    with torch._subclasses.FakeTensorMode(), pytest.raises(RuntimeError, match="the graph was made for 3"):
         sample(torch.empty(4, 4), *stale[1:])
 
 

@@ -8,7 +8,7 @@ from support import eager
 from torch import nn
 
 import gws_compile
-from gws_compile.checks import MANY_FORWARDS, MANY_STEPS
+from gws_compile.checks import MANY_FORWARDS, MANY_STEPS, Checks
 
 
 @pytest.fixture(autouse=True)
@@ -177,7 +177,8 @@ def test_layers_that_share_a_graph_are_no_repetition():
     assert len(backend.graphs) == 1
 
 
-def test_a_backend_that_nothing_goes_through_is_named():
+def test_a_backend_that_nothing_goes_through_is_named(monkeypatch):
+    monkeypatch.setattr(Checks, "_in_use", False)
     model = nn.Sequential(nn.Linear(4, 4))
     model.compile(backend=gws_compile.backend("fp6_e3m2", inner="eager"))  # torch compiles nothing here
     backend = model._compiled_call_impl  # keeps it alive
@@ -208,10 +209,14 @@ def test_graphs_without_a_parameter_are_named():
 
     compiled = torch.compile(forward, backend=gws_compile.backend(inner="eager"))
     optimizer = torch.optim.SGD([flat], lr=0.1)
-    with pytest.warns(gws_compile.GwsWarning, match=r"compiled 1 graphs, none of which reads a parameter.*FSDP1"):
-        for _ in range(MANY_STEPS):
+
+    def train(steps):
+        for _ in range(steps):
             compiled(flat.view(4, 4), torch.ones(2, 4)).sum().backward()
             optimizer.step()
+
+    with pytest.warns(gws_compile.GwsWarning, match=r"compiled 1 graphs, none of which reads a parameter.*FSDP1"):
+        train(MANY_STEPS)
 
 
 class Half(nn.Module):

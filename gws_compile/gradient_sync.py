@@ -1,0 +1,85 @@
+"""Reducing the gradients of bit widths over processes, as data and tensor parallelism do for the weights' own."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import torch_internals
+
+
+@dataclass(frozen=True)
+class Group:
+    """Processes that each hold a part of a gradient.
+
+    Attributes:
+        process_group: of ``torch.distributed``.
+        mean: whether the gradient is the mean of the parts (data parallelism) or their sum (shards of the weight).
+    """
+
+    process_group: Any
+    mean: bool
+
+
+class GradientSync:
+    """All-reduces the watched parameters' gradients at the end of each backward, in one piece for each set of groups.
+
+    Micro-batches of an accumulation are reduced one by one: what is already the mean stays it. Every process of a group
+    has to run backward equally often, as DistributedDataParallel demands too.
+    """
+
+    def __init__(self) -> None:
+        self._groups: dict[str, tuple[Group, ...]] = {}
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._queued = False
+
+    def watch(self, name: str, parameter: nn.Parameter, groups: tuple[Group, ...]) -> None:
+        """Reduce this parameter's gradient over the groups from now on."""
+        if not groups or self._groups.get(name) == groups:
+            return
+        if name not in self._groups:
+            hook = partial(_queue, weakref.ref(self))
+            parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        self._groups[name] = groups
+        self._parameters[name] = parameter
+
+    def queue(self) -> None:
+        """Ask for the reduction at the end of the backward that is running."""
+        if not self._queued:
+            self._queued = True
+            torch_internals.at_end_of_backward(self._reduce)
+
+    def _reduce(self) -> None:
+        self._queued = False
+        for groups in dict.fromkeys(self._groups.values()):
+            names = sorted(name for name, g in self._groups.items() if g == groups)
+            parameters = [self._parameters[name] for name in names]
+            parameters = [p for p in parameters if p.requires_grad]
+            if parameters:
+                _all_reduce(parameters, groups)
+
+
+def _queue(sync: weakref.ref[GradientSync], parameter: torch.Tensor) -> None:
+    alive = sync()
+    if alive is not None:
+        alive.queue()
+
+
+def _all_reduce(parameters: list[nn.Parameter], groups: tuple[Group, ...]) -> None:
+    import torch.distributed as dist
+
+    # One that got no gradient here may have got one elsewhere.
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([grad.reshape(-1) for grad in grads])
+    for group in groups:
+        dist.all_reduce(flat, group=group.process_group)
+        if group.mean:
+            flat /= dist.get_world_size(group.process_group)
+    parts = torch.split(flat, [g.numel() for g in grads])
+    for parameter, grad, part in zip(parameters, grads, parts, strict=True):
+        parameter.grad = part.view(grad.shape).clone()

@@ -1,0 +1,78 @@
+"""Tracing a model without compiling it: for `gws_compile.explain` and `Backend.prepare`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
+
+from . import torch_internals
+from .compiler import Backend
+from .config import Config
+from .names import clean
+from .passes import Weight, weights_of
+
+
+class Tracer(Backend):
+    """A backend that rewrites graphs for the record, and runs the model's own.
+
+    Attributes:
+        weights: the weights of all graphs, in the order found.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(replace(config, inner="eager"))
+        self.weights: list[Weight] = []
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **settings: Any) -> Callable[..., Any]:
+        """Rewrite the graph and give back the model's own."""
+        super().__call__(gm, example_inputs)
+        self.weights += weights_of(self.graphs[-1])
+        return gm.forward
+
+
+def trainable_weights(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: Config
+) -> list[tuple[str, nn.Parameter, int]]:
+    """The weights of a model that get noise: name, parameter and `gws_compile.sampling.matrix_shape`'s ``batch_dims``.
+
+    The model is traced on fake tensors: nothing is computed and nothing changes. Graph breaks are followed.
+
+    Args:
+        model: wrapped and compiled as it may be.
+        args: the call's positional arguments.
+        kwargs: its keyword arguments.
+        config: what is rewritten.
+    """
+    model = torch_internals.unwrapped(model)
+    mode = torch_internals.fake_mode()
+
+    def fake(value: torch.Tensor) -> Any:
+        return mode.from_tensor(value, static_shapes=True)
+
+    tracer = Tracer(config)
+    compiled: Any = torch.compile(model, backend=tracer)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    state = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
+    made: dict[int, Any] = {}  # tied ones stay tied
+    fakes = {}
+    for name, value in state.items():
+        if id(value) not in made:
+            made[id(value)] = fake(value)
+        fakes[f"_orig_mod.{name}"] = made[id(value)]
+    fake_args, fake_kwargs = tree_map_only(torch.Tensor, fake, (args, kwargs))
+    with torch.random.fork_rng(), torch.enable_grad(), mode:
+        functional_call(compiled, fakes, fake_args, fake_kwargs)
+    by_name: dict[str, nn.Parameter] = {}
+    for name, parameter in parameters.items():
+        by_name.setdefault(clean(name), parameter)
+    found: dict[str, tuple[str, nn.Parameter, int]] = {}
+    for weight in tracer.weights:
+        if weight.reason is None and weight.trainable and weight.name in by_name:
+            found.setdefault(weight.name, (weight.name, by_name[weight.name], weight.reads[0].batch_dims))
+    return list(found.values())
