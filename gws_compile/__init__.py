@@ -9,7 +9,7 @@ from .config import DEFAULT_EXCLUDE
 from .formats import FORMATS, FloatFormat
 from .learned import LearnedBits
 from .reference import quantize, sample
-from .report import Report, WeightRecord
+from .report import BitsSummary, Report, WeightRecord
 from .warning import GwsWarning
 
 __version__ = "0.1.0"
@@ -17,6 +17,7 @@ __all__ = [
     "DEFAULT_EXCLUDE",
     "FORMATS",
     "Backend",
+    "BitsSummary",
     "FloatFormat",
     "GwsWarning",
     "LearnedBits",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .gradient_sync import GradientSync, Group
 from .learned import LearnedBits, WidthRule, parameter_shape, width_gradient
 from .primitives import TorchPrimitives
+from .report import BitsSummary
 from .sampling import matrix_shape
 from .steering import Steering
 from .warning import GwsWarning
@@ -30,11 +32,13 @@ class Entry:
         parameter: b_i, see `gws_compile.learned.parameter_shape`.
         shape: the weight's.
         elements: elements of each block, float32, of the parameter's shape.
+        blocks: how many blocks the weight has.
     """
 
     parameter: nn.Parameter
     shape: tuple[int, ...]
     elements: torch.Tensor
+    blocks: int
 
 
 class BitWidths:
@@ -101,8 +105,9 @@ class BitWidths:
         if (value := self._loaded.pop(name, None)) is not None:
             _copy(name, parameter, value)
         parameter.requires_grad_(not self.frozen)
+        blocks = math.prod(parameter_shape(matrices, rows, cols, self.block, "block"))
         elements = _elements(matrices, rows, cols, self.block, sizes).to(weight.device)
-        entry = self.entries[name] = Entry(parameter, shape, elements)
+        entry = self.entries[name] = Entry(parameter, shape, elements, blocks)
         return entry
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -115,6 +120,38 @@ class BitWidths:
     def widths(self) -> dict[str, torch.Tensor]:
         """float32: the current widths by the weights' names."""
         return {name: self.rule.widths(entry.parameter) for name, entry in self.entries.items()}
+
+    def summary(self) -> BitsSummary | None:
+        """Average, formats and bytes, of each weight and of all; None while no weight is known."""
+        if not self.entries:
+            return None
+        by_weight = {name: self._summary(entry) for name, entry in self.entries.items()}
+        sizes = {name: math.prod(entry.shape) for name, entry in self.entries.items()}
+        total = sum(sizes.values())
+
+        def mean(value: Callable[[BitsSummary], float]) -> float:
+            return sum(value(summary) * sizes[name] for name, summary in by_weight.items()) / total
+
+        return BitsSummary(
+            average=mean(lambda s: s.average),
+            share={fmt.name: mean(lambda s, f=fmt.name: s.share[f]) for fmt in self.rule.formats},  # type: ignore[misc]
+            stored_bytes=sum(s.stored_bytes for s in by_weight.values()),
+            by_weight=by_weight,
+        )
+
+    def _summary(self, entry: Entry) -> BitsSummary:
+        widths, elements = self.rule.widths(entry.parameter).double(), entry.elements.double()
+        index, total = self.rule.index(widths), elements.sum()
+        counts = [float(elements[index == i].sum()) for i in range(len(self.rule.formats))]
+        stored = sum(n * fmt.storage_bits / 8 for n, fmt in zip(counts, self.rule.formats, strict=True))
+        scaled = torch.tensor([fmt.scaled for fmt in self.rule.formats], device=index.device)[index]
+        blocks = entry.blocks if widths.ndim == 0 else 1
+        return BitsSummary(
+            average=float((widths * elements).sum() / total),
+            share={fmt.name: n / float(total) for n, fmt in zip(counts, self.rule.formats, strict=True)},
+            stored_bytes=round(stored + int(scaled.sum()) * blocks),
+            by_weight={},
+        )
 
     def average(self) -> float:
         """The average width over all elements."""

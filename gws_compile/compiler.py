@@ -127,7 +127,7 @@ class Backend:
 
     def report(self) -> Report:
         """Every weight seen so far: rewritten, or why not."""
-        return Report(self._records)
+        return Report(self._records, None if self._bits is None else self._bits.summary())
 
     def step(self) -> None:
         """Draw new noise from the next training forward on.
@@ -356,7 +356,7 @@ def _record(weight: Weight, config: Config) -> WeightRecord:
         rewritten=rewritten,
         reason=weight.reason or "",
         fmt=config.fmt.name if rewritten else "",
-        bits=config.bits if noisy else None,
+        bits=config.bits if noisy and config.learned is None else None,
         noise=(config.noise if noisy else "none") if rewritten else "",
         location=weight.reads[0].location if weight.reads else "",
     )

@@ -40,14 +40,35 @@ class WeightRecord:
     location: str
 
 
+@dataclass(frozen=True)
+class BitsSummary:
+    """What learned bit widths stand for.
+
+    Attributes:
+        average: bit width, over all elements.
+        share: format -> share of the elements that are cast to it in noise-free calls.
+        stored_bytes: of the cast weights, with a byte for each block's scale where the format is scaled.
+        by_weight: the same for each weight; empty in a weight's own summary.
+    """
+
+    average: float
+    share: dict[str, float]
+    stored_bytes: int
+    by_weight: dict[str, BitsSummary]
+
+
 class Report:
     """The weights that a backend has seen, over all graphs compiled so far.
 
     ``print(report)`` shows a table. A weight that several graphs treat alike stands there once; one that is sampled in
     training and cast in evaluation stands there as sampled.
+
+    Attributes:
+        records: the weights.
+        bits: what learned bit widths stand for now; None while widths are fixed, or before any is known.
     """
 
-    def __init__(self, records: Iterable[WeightRecord]) -> None:
+    def __init__(self, records: Iterable[WeightRecord], bits: BitsSummary | None = None) -> None:
         merged: dict[tuple[object, ...], WeightRecord] = {}
         for record in records:
             key = (record.name, record.shape, record.rewritten, record.reason)
@@ -55,6 +76,7 @@ class Report:
             if known is None or (known.noise == "none" and record.noise not in ("", "none")):
                 merged[key] = record
         self.records = tuple(merged.values())
+        self.bits = bits
 
     @property
     def rewritten(self) -> tuple[WeightRecord, ...]:
@@ -73,7 +95,7 @@ class Report:
         return len(self.records)
 
     def to_json(self) -> str:
-        """The records as a JSON array of objects, keyed as `WeightRecord`."""
+        """The records as a JSON array of objects, keyed as `WeightRecord`; learned bit widths are in `bits`."""
         return json.dumps([asdict(r) for r in self.records], indent=2)
 
     def __str__(self) -> str:
@@ -99,6 +121,20 @@ class Report:
         )
         parameters = sum(prod(r.shape) for r in self.rewritten)
         total = sum(prod(r.shape) for r in self.records)
-        return f"{table}\n{len(self.rewritten)} of {len(self)} weights rewritten, {parameters:,} of {total:,} elements"
+        text = f"{table}\n{len(self.rewritten)} of {len(self)} weights rewritten, {parameters:,} of {total:,} elements"
+        return text if self.bits is None else f"{text}\n\n{self._bits_table(self.bits)}"
+
+    def _bits_table(self, bits: BitsSummary) -> str:
+        formats = list(bits.share)
+        rows = [
+            (name, f"{s.average:.2f}", *(f"{100 * s.share[f]:.1f} %" for f in formats), f"{s.stored_bytes / 1024:,.1f}")
+            for name, s in [*bits.by_weight.items(), ("all", bits)]
+        ]
+        return tabulate(
+            rows,
+            headers=("learned bit widths", "average", *formats, "KiB"),
+            colalign=("left", *["right"] * (len(formats) + 2)),
+            disable_numparse=True,
+        )
 
     __repr__ = __str__
