@@ -67,19 +67,20 @@ def settings() -> Iterator[Setting]:
     yield Setting("plain bf16", None)
     fixed = ("fp8_e4m3", "fp6_e3m2", "fp4_e2m1")
     for noise, label in (("rounded_normal", ""), ("uniform", ", uniform noise")):
+        if noise == "uniform":
+            for fmt in fixed:
+                yield Setting(f"fixed {fmt}, no noise (straight-through)", {"fmt": fmt, "noise": "none"})
         for fmt in fixed:
             yield Setting(f"fixed {fmt}{label}", {"fmt": fmt, "noise": noise})
-        target = LearnedBits(target=4.0)
-        yield Setting(
-            f"learned per block, target 4{label}", {"bits": target, "noise": noise}, coefficient=BITS_COEFFICIENT
-        )
         for granularity in ("block", "weight"):
             bits = LearnedBits(average=5.0, granularity=granularity)  # type: ignore[arg-type]
             yield Setting(
                 f"learned per {granularity}, average 5{label}", {"bits": bits, "noise": noise}, coefficient=1.0
             )
-    for fmt in fixed:
-        yield Setting(f"fixed {fmt}, no noise (straight-through)", {"fmt": fmt, "noise": "none"})
+        target = LearnedBits(target=4.0)
+        yield Setting(
+            f"learned per block, target 4{label}", {"bits": target, "noise": noise}, coefficient=BITS_COEFFICIENT
+        )
 
 
 def train(setting: Setting, kind: str, text: Text, seed: int, args: argparse.Namespace) -> dict[str, Any]:

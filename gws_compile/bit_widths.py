@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .bit_history import BitHistory
 from .gradient_sync import GradientSync, Group
 from .learned import LearnedBits, WidthRule, parameter_shape, width_gradient
 from .primitives import TorchPrimitives
@@ -48,6 +49,7 @@ class BitWidths:
         rule: how a parameter becomes a width.
         block: block shape.
         entries: what there is so far: of prepared weights and of weights seen in a forward.
+        history: how the widths moved.
         steering: the multiplier that leads to `LearnedBits.average`; None without.
     """
 
@@ -58,6 +60,7 @@ class BitWidths:
         self.steering = None if settings.average is None else Steering(settings.average)
         self.frozen = False
         self.block = block
+        self.history = BitHistory(self.rule.min, self.rule.max)
         self._prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._loaded: dict[str, torch.Tensor] = {}
         self._sync = GradientSync()
@@ -200,10 +203,16 @@ class BitWidths:
             self._notice_unfollowed()
             return
         self._followed = True
-        if self.steering is not None:
+        due = self.history.due()
+        if not due and self.steering is None:
+            return
+        with torch.no_grad():
             widths, shares = self._flat(self.entries.values())
+        if due:
+            self.history.record(widths, shares)
+        if self.steering is not None:
             grads = [_gradient(entry.parameter).reshape(-1).to(widths.device) for entry in self.entries.values()]
-            self.steering.update((widths.detach() * shares).sum(), torch.cat(grads) / self.rule.slope, shares)
+            self.steering.update((widths * shares).sum(), torch.cat(grads) / self.rule.slope, shares)
 
     def _notice_unfollowed(self) -> None:
         if self._followed or all(entry.parameter.grad is None for entry in self.entries.values()):

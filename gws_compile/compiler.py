@@ -6,12 +6,14 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import fx
 
 from . import torch_internals
+from .bit_plot import plot_bits
 from .bit_widths import BitWidths
 from .checks import MANY_FORWARDS, Checks
 from .clock import Clock
@@ -185,6 +187,20 @@ class Backend:
     def average_bits(self) -> float:
         """The average bit width over all elements of the sampled weights; the fixed width where it is fixed."""
         return self.config.bits if self._bits is None else self._bits.average()
+
+    def plot_bits(self, path: str | Path) -> None:
+        """Draw the learned bit widths: a heat map of each weight's blocks, and their histogram over training steps.
+
+        Args:
+            path: of the picture; its ending says the format (``.png``, ``.pdf``, ``.svg``).
+
+        Raises:
+            ImportError: matplotlib is missing. ValueError: no weight is known yet. RuntimeError: widths are fixed.
+        """
+        if self._bits is None:
+            raise RuntimeError("plot_bits() needs bits=LearnedBits(...); the bit widths of this backend are fixed")
+        rule = self._bits.rule
+        plot_bits(path, self._bits.widths(), self._bits.history, (rule.min, rule.max))
 
     def bit_loss(self, *, weighting: Literal["weight", "size"] = "weight") -> torch.Tensor:
         """The loss term of learned bit widths, a float32 scalar; zero while widths are fixed.
