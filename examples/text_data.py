@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 VOCABULARY = 256
@@ -43,6 +44,12 @@ class Text:
         while True:
             starts = torch.randint(len(self.train) - seq + 1, (batch, 1), generator=generator)
             yield self.train[starts + torch.arange(seq)].long()
+
+    def batch_of_step(self, step: int, batch: int, seq: int, *, seed: int) -> torch.Tensor:
+        """(batch, seq) tokens from random places of the training part: a pure function of seed and step."""
+        rng = np.random.default_rng([seed, step])
+        starts = torch.from_numpy(rng.integers(len(self.train) - seq + 1, size=(batch, 1)))
+        return self.train[starts + torch.arange(seq)].long()
 
     def held_out_batches(self, batch: int, seq: int, *, limit: int) -> list[torch.Tensor]:
         """At most ``limit`` batches of (batch, seq) tokens, spread evenly over the held-out part, without overlap."""

@@ -13,6 +13,7 @@ figures to ``out/train_gpt.json``.
 
     python examples/train_gpt.py                                     # about 3 minutes on two CPU cores
     python examples/train_gpt.py --fmt fp8_e4m3 fp6_e3m2 fp4_e2m1    # several formats at once
+    python examples/train_gpt.py --learned block --average 5         # and bit widths that are learned
     python examples/train_gpt.py --model llama --size small --data my_text/
 
 Needs ``pip install "gws-compile[examples]"``.
@@ -22,7 +23,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import platform
 import statistics
@@ -37,6 +37,7 @@ from typing import Any
 import torch
 import transformers
 from loss_plot import Curve, plot_losses
+from optimizing import adamw, learning_rate_schedule
 from small_models import MODELS, build_model
 from tabulate import tabulate
 from text_data import Text
@@ -49,18 +50,8 @@ HELD_OUT_BATCHES = 8
 HELD_OUT_POINTS = 6
 # Steps that tokens/s leaves out: the first one compiles.
 WARM_UP_STEPS = 5
-
-
-def learning_rate_schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """A linear warm-up over a tenth of the steps, then half a cosine down to a tenth of the rate."""
-    warm_up = max(1, steps // 10)
-
-    def share(step: int) -> float:
-        if step < warm_up:
-            return (step + 1) / warm_up
-        return 0.55 + 0.45 * math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+# Peak learning rate of learned bit widths, which move over whole units.
+BITS_LR = 0.02
 
 
 @dataclass
@@ -88,15 +79,18 @@ class Run:
 
     def __post_init__(self) -> None:
         self.compiled = torch.compile(self.model, backend=self.backend or self.settings.inner, fullgraph=True)
-        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
-        vectors = [p for p in self.model.parameters() if p.ndim < 2]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-            lr=self.settings.lr,
-            betas=(0.9, 0.95),
-            fused=True,
-        )
+        self.optimizer = adamw(self.model, self.settings.lr)
+        if self.learned:
+            tokens = torch.zeros(1, self.settings.seq, dtype=torch.long, device=self.settings.device)
+            self.backend.prepare(self.model, input_ids=tokens, labels=tokens)
+            widths = list(self.backend.parameters())
+            self.optimizer.add_param_group({"params": widths, "lr": BITS_LR, "weight_decay": 0.0})
         self.schedule = learning_rate_schedule(self.optimizer, self.settings.steps)
+
+    @property
+    def learned(self) -> bool:
+        """Whether the backend learns bit widths."""
+        return self.backend is not None and self.backend.config.learned is not None
 
     def loss(self, tokens: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy of the next byte."""
@@ -107,7 +101,7 @@ class Run:
         """One optimizer step on one batch."""
         start = time.perf_counter()
         loss = self.loss(tokens)
-        loss.backward()
+        (loss + self.backend.bit_loss() if self.learned else loss).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.schedule.step()
@@ -155,14 +149,19 @@ def train(runs: Sequence[Run], text: Text, settings: Settings) -> None:
             if step == 0 and run.backend is not None:
                 progress.write(f"{run.name}: {report_line(run.backend)}")
         progress.set_description("training", refresh=False)
-        progress.set_postfix({run.name: f"{run.train_losses[-1]:.3f}" for run in runs}, refresh=False)
+        progress.set_postfix({run.name: _postfix(run) for run in runs}, refresh=False)
 
     plain = runs[0]
     for run in runs:
         run.held_out.append((settings.steps, run.held_out_loss(held_out)))
-        if run.backend is not None:
+        if run.backend is not None and not run.learned:
             with cast_weights(plain.model, run.backend):
                 run.cast_afterwards = plain.held_out_loss(held_out)
+
+
+def _postfix(run: Run) -> str:
+    loss = f"{run.train_losses[-1]:.3f}"
+    return f"{loss} at {run.backend.average_bits():.2f} bits" if run.learned else loss
 
 
 @contextmanager
@@ -186,9 +185,13 @@ def report_line(backend: gws_compile.Backend) -> str:
     report, config = backend.report(), backend.config
     skipped = ", ".join(record.name for record in report.skipped)
     return (
-        f"{len(report.rewritten)} of {len(report)} weights rewritten (noise {config.noise}, b = {config.bits:g}); "
+        f"{len(report.rewritten)} of {len(report)} weights rewritten (noise {config.noise}, {_width(config)}); "
         f"left alone: {skipped or 'none'}"
     )
+
+
+def _width(config: Any) -> str:
+    return f"b = {config.bits:g}" if config.learned is None else "b learned"
 
 
 def result_table(runs: Sequence[Run]) -> str:
@@ -204,6 +207,8 @@ def result_table(runs: Sequence[Run]) -> str:
             continue
         cast = run.cast_afterwards
         rows.append((*row, _percent(base_speed / speed)))
+        if run.learned:
+            continue
         rows.append((f"plain, cast to {run.name} afterwards", "", f"{cast:.4f}", _percent(cast / base_loss), "", ""))
     return tabulate(
         rows,
@@ -253,7 +258,9 @@ def _backend_figures(backend: gws_compile.Backend) -> dict[str, Any]:
     config, report = backend.config, backend.report()
     return {
         "fmt": config.fmt.name,
-        "bits": config.bits,
+        "bits": config.bits if config.learned is None else backend.average_bits(),
+        "learned": None if config.learned is None else asdict(config.learned)["granularity"],
+        "share_of_formats": None if report.bits is None else report.bits.share,
         "noise": config.noise,
         "backward": config.backward,
         "weights": len(report),
@@ -294,10 +301,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         train(runs, text, settings)
 
     print(f"\n{result_table(runs)}")
+    for run in runs:
+        if run.learned:
+            print(f"\n{run.name}: {run.backend.average_bits():.3f} bits on average\n{run.backend.report()}")
     json_path, png_path = settings.out / "train_gpt.json", settings.out / "train_gpt.png"
     json_path.write_text(json.dumps(figures(runs, text, settings), indent=1) + "\n")
     curves = [Curve(run.name, run.train_losses, run.held_out) for run in runs]
-    noise = ", ".join(f"{b.config.fmt}: {b.config.noise} noise, b = {b.config.bits:g}" for b in backends.values())
+    noise = ", ".join(f"{name}: {b.config.noise} noise, {_width(b.config)}" for name, b in backends.items())
     plot_losses(png_path, curves, title=title, subtitle=f"{data}\n{noise}")
     print(f"\nloss curves in {png_path}, all figures in {json_path}")
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .bit_history import BitHistory
-from .gradient_sync import GradientSync, Group
+from .gradient_sync import GradientSync
 from .learned import LearnedBits, WidthRule, parameter_shape, width_gradient
 from .primitives import TorchPrimitives
 from .report import BitsSummary
@@ -74,16 +74,14 @@ class BitWidths:
         self._prepared[weight] = name
         self._entry(name, weight, batch_dims)
 
-    def parameter(
-        self, weight: torch.Tensor, name: str, batch_dims: int, groups: tuple[Group, ...] = ()
-    ) -> nn.Parameter:
+    def parameter(self, weight: torch.Tensor, name: str, batch_dims: int, groups: tuple[Any, ...] = ()) -> nn.Parameter:
         """The b_i of a weight.
 
         Args:
             weight: as it comes into a graph.
             name: its unique name.
             batch_dims: see `gws_compile.sampling.matrix_shape`.
-            groups: the processes over which the gradient is reduced.
+            groups: the process groups over which the gradient is averaged.
         """
         prepared: str | None = self._prepared.get(weight)  # type: ignore[no-untyped-call]
         entry = self._entry(prepared or name, weight, batch_dims)

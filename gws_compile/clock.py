@@ -24,6 +24,7 @@ class Clock:
         enabled: False while noise is switched off.
         pending: a new draw has been asked for.
         frozen: learned widths are fixed.
+        drawn: a training forward has seen the current draw.
     """
 
     def __init__(self) -> None:
@@ -31,15 +32,30 @@ class Clock:
         self.enabled = True
         self.pending = False
         self.frozen = False
+        self.drawn = False
         self._tensors: dict[torch.device, tuple[tuple[int, bool, bool], torch.Tensor]] = {}
         self._lock = threading.Lock()
 
-    def tick(self, optimizer: object = None) -> None:
+    def tick(self) -> None:
         """Ask for a new draw, beginning with the next training forward."""
         self.pending = True
 
+    def optimizer_stepped(self, optimizer: object) -> None:
+        """Ask for a new draw, if there has been a forward since this one began.
+
+        A step without one trains nothing: ``torch.distributed.checkpoint`` takes such steps to fill an optimizer's
+        state, and a resumed run must not count them.
+        """
+        if self.drawn:
+            self.tick()
+
+    def resume(self, step: int) -> None:
+        """Go on with this draw."""
+        self.step, self.pending, self.drawn = step, False, False
+
     def begin_forward(self) -> None:
         """Start the draw that was asked for, if any."""
+        self.drawn = True
         if self.pending:
             with self._lock:
                 self.step += self.pending

@@ -38,18 +38,22 @@ class Backend:
         graphs: the rewritten FX graphs, in the order in which they were compiled.
     """
 
-    # torch.compile shows this name in its messages.
-    __name__ = "gws"
+    @property
+    def __name__(self) -> str:
+        """What torch.compile calls the backend in its messages; it asks when it is given one."""
+        self._checks.expect_graphs()
+        return "gws"
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.graphs: list[fx.GraphModule] = []
         self._records: list[WeightRecord] = []
+        self._tables: set[tuple[str, tuple[int, ...]]] = set()
         self._registry = KeyRegistry(config.seed)
         self._clock = Clock()
         self._checks = Checks(config, self._registry)
         if config.resample == "step":
-            after_each_step(self._clock, Clock.tick)
+            after_each_step(self._clock, Clock.optimizer_stepped)
         after_each_step(self._checks, Checks.optimizer_stepped)
         self._bits = None if config.learned is None else BitWidths(config.learned, config.block)
         if self._bits is not None:
@@ -82,7 +86,8 @@ class Backend:
         if (mode or options) and config.inner != "inductor":
             raise ValueError(f"mode={mode!r} and options={options!r} are Inductor's, but inner is {config.inner!r}")
         before = sum(1 for _ in gm.graph.nodes)
-        rewritten = rewrite(gm, example_inputs, config=config)
+        rewritten = rewrite(gm, example_inputs, config=config, tables=self._tables)
+        self._tables.update((w.name, w.shape) for w in weights_of(rewritten) if w.embedded)
         records = [_record(w, config) for w in weights_of(rewritten)]
         self._checks.look_at(weights_of(rewritten), has_parameters=_has_parameters(gm))
         self._records += records
@@ -268,7 +273,7 @@ class Backend:
             self._bits.load_state_dict(state, [name for name, _ in state["weights"]])
             self._clock.frozen = self._bits.frozen
         self._registry.expect({name: tuple(shape) for name, shape in state["weights"]})
-        self._clock.step, self._clock.pending = int(state["step"]), False
+        self._clock.resume(int(state["step"]))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
         """The backend itself: a deep copy of a compiled model shares it, and its weights get keys of their own."""

@@ -1,9 +1,8 @@
-"""Reducing the gradients of bit widths over processes, as data and tensor parallelism do for the weights' own."""
+"""Reducing the gradients of bit widths over processes, as data and tensor parallelism do for those of the weights."""
 
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,33 +12,43 @@ from torch import nn
 from . import torch_internals
 
 
-@dataclass(frozen=True)
-class Group:
-    """Processes that each hold a part of a gradient.
+class SumOverShards(torch.autograd.Function):
+    """The identity on a parameter that every rank has whole and uses its own part of; the gradients' parts are added.
 
-    Attributes:
-        process_group: of ``torch.distributed``.
-        mean: whether the gradient is the mean of the parts (data parallelism) or their sum (shards of the weight).
+    Only what comes through here is added up: a loss term on the whole parameter is the same on every rank already.
     """
 
-    process_group: Any
-    mean: bool
+    @staticmethod
+    def forward(ctx: Any, parameter: torch.Tensor, groups: tuple[Any, ...]) -> torch.Tensor:
+        """``parameter``; the groups are those of the mesh dims along which the weight is sharded."""
+        ctx.groups = groups
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """The sum over the groups."""
+        import torch.distributed as dist
+
+        total = grad.contiguous().clone()
+        for group in ctx.groups:
+            dist.all_reduce(total, group=group)
+        return total, None
 
 
 class GradientSync:
-    """All-reduces the watched parameters' gradients at the end of each backward, in one piece for each set of groups.
+    """Averages the watched parameters' gradients at the end of each backward, in one piece for each set of groups.
 
     Micro-batches of an accumulation are reduced one by one: what is already the mean stays it. Every process of a group
     has to run backward equally often, as DistributedDataParallel demands too.
     """
 
     def __init__(self) -> None:
-        self._groups: dict[str, tuple[Group, ...]] = {}
+        self._groups: dict[str, tuple[Any, ...]] = {}
         self._parameters: dict[str, nn.Parameter] = {}
         self._queued = False
 
-    def watch(self, name: str, parameter: nn.Parameter, groups: tuple[Group, ...]) -> None:
-        """Reduce this parameter's gradient over the groups from now on."""
+    def watch(self, name: str, parameter: nn.Parameter, groups: tuple[Any, ...]) -> None:
+        """Average this parameter's gradient over the process groups from now on."""
         if not groups or self._groups.get(name) == groups:
             return
         if name not in self._groups:
@@ -61,7 +70,7 @@ class GradientSync:
             parameters = [self._parameters[name] for name in names]
             parameters = [p for p in parameters if p.requires_grad]
             if parameters:
-                _all_reduce(parameters, groups)
+                _average(parameters, groups)
 
 
 def _queue(sync: weakref.ref[GradientSync], parameter: torch.Tensor) -> None:
@@ -70,16 +79,15 @@ def _queue(sync: weakref.ref[GradientSync], parameter: torch.Tensor) -> None:
         alive.queue()
 
 
-def _all_reduce(parameters: list[nn.Parameter], groups: tuple[Group, ...]) -> None:
+def _average(parameters: list[nn.Parameter], groups: tuple[Any, ...]) -> None:
     import torch.distributed as dist
 
     # One that got no gradient here may have got one elsewhere.
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([grad.reshape(-1) for grad in grads])
     for group in groups:
-        dist.all_reduce(flat, group=group.process_group)
-        if group.mean:
-            flat /= dist.get_world_size(group.process_group)
+        dist.all_reduce(flat, group=group)
+        flat /= dist.get_world_size(group)
     parts = torch.split(flat, [g.numel() for g in grads])
     for parameter, grad, part in zip(parameters, grads, parts, strict=True):
         parameter.grad = part.view(grad.shape).clone()

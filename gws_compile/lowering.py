@@ -225,6 +225,7 @@ def _lower(
     rule: str,
     whole: Sequence[int],
     offset: Sequence[int],
+    keep: bool,
     version: int,
 ) -> Any:
     ind = inductor()

@@ -21,7 +21,7 @@ from .learned import amplitude as width_amplitude
 from .noise import add_noise, fixed_amplitude, random_word, signed_draw
 from .primitives import TorchPrimitives
 
-OPERATOR_VERSION = 4
+OPERATOR_VERSION = 5
 """Part of every call's arguments. Compile caches see a graph's arguments, not the lowering's source: raise it whenever
 noise, cast or lowering change what they compute."""
 
@@ -184,6 +184,7 @@ def sample_weight(
     rule: str,
     whole: list[int],
     offset: list[int],
+    keep: bool,
     version: int,
 ) -> torch.Tensor:
     """Sample a weight: ``cast(w + R * a * 2**(1 - bits))``, ``a`` the block maximum (arXiv 2505.11170, eq. 3).
@@ -206,6 +207,8 @@ def sample_weight(
             without noise, and with frozen widths, to the format that the block's width stands for.
         whole: shape of the weight of which ``w`` is one rank's part; empty where it is whole.
         offset: index of the part's first element in the whole weight; empty likewise.
+        keep: whether backward keeps the sample, or computes it again. It changes no value: the mark that makes the
+            difference is not seen by compile caches, which would take one setting's code for the other.
         version: `OPERATOR_VERSION`.
 
     Returns:
@@ -245,6 +248,7 @@ def _(
     rule: str,
     whole: list[int],
     offset: list[int],
+    keep: bool,
     version: int,
 ) -> torch.Tensor:
     if w.dtype not in DTYPES:
@@ -307,7 +311,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    w, keys, clock, row, batch_dims, _, _, noise, block, _, learned, rule, whole, offset, version = inputs
+    w, keys, clock, row, batch_dims, _, _, noise, block, _, learned, rule, whole, offset, _, version = inputs
     ctx.learned = learned is not None and noise != "none"
     if ctx.learned:
         ctx.save_for_backward(w, keys, clock, learned)
@@ -318,7 +322,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     bits = None
     if ctx.learned and ctx.needs_input_grad[10]:
         bits = bits_gradient(grad, *ctx.saved_tensors, *ctx.rest)
-    return (grad, *[None] * 9, bits, *[None] * 4)
+    return (grad, *[None] * 9, bits, *[None] * 5)
 
 
 sample_weight.register_autograd(_backward, setup_context=_setup_context)

@@ -10,7 +10,7 @@ from torch import nn
 
 from . import torch_internals
 from .bit_widths import BitWidths
-from .gradient_sync import Group
+from .gradient_sync import SumOverShards
 from .keys import KeyRegistry
 from .learned import parameter_shape
 from .passes import LearnedInput
@@ -33,24 +33,27 @@ class WidthTable:
         if found is None or not all(ref() is w for ref, w in zip(found[0], weights, strict=True)):
             self._found = {k: v for k, v in list(self._found.items()) if all(ref() is not None for ref in v[0])}
             found = self._found[ids] = ([weakref.ref(w) for w in weights], self._look_up(weights))
-        return [self._part(p, given) for p, given in zip(found[1], self._inputs, strict=True)]
+        return [self._part(p, w, given) for p, w, given in zip(found[1], weights, self._inputs, strict=True)]
 
     def _look_up(self, weights: Sequence[torch.Tensor]) -> list[nn.Parameter]:
         self._registry.words(weights, [given.name for given in self._inputs])
         parameters = []
         for weight, given in zip(weights, self._inputs, strict=True):
-            groups = [Group(group, mean=True) for group in self._registry.groups(weight)]
-            groups += [Group(group, mean=False) for group in torch_internals.shard_groups(weight)]
             name = str(self._registry.name(weight))
-            parameters.append(self._bits.parameter(weight, name, given.batch_dims, tuple(groups)))
+            groups = self._registry.groups(weight)
+            parameters.append(self._bits.parameter(weight, name, given.batch_dims, groups))
         return parameters
 
-    def _part(self, parameter: nn.Parameter, given: LearnedInput) -> torch.Tensor:
+    def _part(self, parameter: nn.Parameter, weight: torch.Tensor, given: LearnedInput) -> torch.Tensor:
         shard = given.shard
-        if shard is None or parameter.ndim == 0:
+        if shard is None:
             return parameter
+        groups = torch_internals.shard_groups(weight)
+        shared: torch.Tensor = SumOverShards.apply(parameter, groups)  # type: ignore[no-untyped-call]
+        if parameter.ndim == 0:
+            return shared
         dims, block = given.batch_dims, self._bits.block
-        whole = parameter.view(*shard.whole[:dims], *parameter.shape[-2:])
+        whole = shared.view(*shard.whole[:dims], *parameter.shape[-2:])
         for dim in range(dims):
             whole = whole.narrow(dim, shard.offset[dim], shard.local[dim])
         local = parameter_shape(*matrix_shape(shard.local, dims), block, "block")

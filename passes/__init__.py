@@ -6,7 +6,7 @@ and what it provides; `gws_compile.passes.weights` is all they share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import fx
@@ -18,7 +18,7 @@ from .find import find_weight_reads
 from .recompute import recompute_in_backward
 from .sample import InputLayout, LearnedInput, input_layout, is_noisy, sample_weights
 from .select import select_weights
-from .weights import Read, Weight, weights_of
+from .weights import Read, Weight, set_tables, weights_of
 
 __all__ = [
     "PASSES",
@@ -40,9 +40,24 @@ PASSES: tuple[Callable[..., fx.GraphModule], ...] = (
 )
 
 
-def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Config) -> fx.GraphModule:
-    """Run every pass on a copy of Dynamo's graph, which stays as it is."""
+def rewrite(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    config: Config,
+    tables: Collection[tuple[str, tuple[int, ...]]] = (),
+) -> fx.GraphModule:
+    """Run every pass on a copy of Dynamo's graph, which stays as it is.
+
+    Args:
+        gm: the graph.
+        example_inputs: its inputs.
+        config: the settings.
+        tables: name and shape of the weights that earlier graphs look rows up in: where a graph break, or DDP's graph
+            splitting, lies between embedding and head, the head's graph cannot tell that its weight is tied.
+    """
     gm = copy_graph_module(gm)
+    set_tables(gm, tables)
     for run in PASSES:
         gm = run(gm, example_inputs, config=config)
     return gm

@@ -15,7 +15,7 @@ from gws_compile.names import is_parameter_source, qualified_name
 from gws_compile.sharding import ShardRange
 
 from . import operations
-from .weights import Read, Weight, set_weights
+from .weights import Read, Weight, set_weights, tables_of
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
@@ -34,6 +34,7 @@ def find_weight_reads(gm: fx.GraphModule, example_inputs: Sequence[Any], *, conf
     weights = _parameters(gm)
     for weight in weights:
         _follow(weight, gm, weight.node, direct=True)
+        weight.embedded |= (weight.name, weight.shape) in tables_of(gm)
     set_weights(gm, weights)
     return gm
 

@@ -5,6 +5,7 @@ A pass reads and writes `weights_of(gm)`, never another pass.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +14,7 @@ from torch import fx
 from gws_compile.sharding import ShardRange
 
 _META = "gws_weights"
+_TABLES = "gws_tables"
 
 MATRIX_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of the parameters that are listed; `gws_compile.sampling.DTYPES` are those that can be sampled."""
@@ -70,6 +72,17 @@ class Weight:
 def set_weights(gm: fx.GraphModule, weights: list[Weight]) -> None:
     """Provide the graph's weights to later passes."""
     gm.meta[_META] = weights
+
+
+def set_tables(gm: fx.GraphModule, tables: Collection[tuple[str, tuple[int, ...]]]) -> None:
+    """Say which weights are known to be embedding tables from other graphs, by name and shape."""
+    gm.meta[_TABLES] = frozenset(tables)
+
+
+def tables_of(gm: fx.GraphModule) -> frozenset[tuple[str, tuple[int, ...]]]:
+    """What `set_tables` said; nothing by default."""
+    tables: frozenset[tuple[str, tuple[int, ...]]] = gm.meta.get(_TABLES, frozenset())
+    return tables
 
 
 def weights_of(gm: fx.GraphModule) -> list[Weight]:

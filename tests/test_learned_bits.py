@@ -77,7 +77,7 @@ def sample(
     clock = None if noise == "none" else torch.tensor(clock, dtype=torch.int32)
     return torch.ops.gws.sample_weight(
         w, keys, clock, 0, batch_dims, gws_compile.FloatFormat.parse(fmt).spec, 0.0, noise, list(block), scale,
-        parameter, rule.spec, [], [], OPERATOR_VERSION,
+        parameter, rule.spec, [], [], True, OPERATOR_VERSION,
     )  # fmt: skip
 
 
@@ -133,7 +133,7 @@ def test_compiled_equals_eager(noise):
 
     def run(w, b, clock):
         return torch.ops.gws.sample_weight(
-            w, KEYS, clock, 0, 0, "e8m7", 0.0, noise, [32, 32], "floor", b, RULE.spec, [], [], OPERATOR_VERSION
+            w, KEYS, clock, 0, 0, "e8m7", 0.0, noise, [32, 32], "floor", b, RULE.spec, [], [], True, OPERATOR_VERSION
         )
 
     compiled = torch.compile(run, fullgraph=True)
@@ -206,6 +206,7 @@ def test_gradient_is_the_equation(noise, granularity):
                 rule.spec,
                 [],
                 [],
+                True,
                 OPERATOR_VERSION,
             )
             for w, b, (_, dims, block, _) in zip(weights, parameters, cases, strict=True)
@@ -418,6 +419,50 @@ def test_the_average_is_met(average, lr, granularity):
     train(model, backend, 600, lr=lr, coefficient=1)
     assert abs(backend.average_bits() - average) < 0.05
     assert len(backend.graphs) == 1
+
+
+@pytest.mark.parametrize("granularity", ["block", "weight"])
+def test_report_and_picture(granularity, tmp_path):
+    """Average, shares and bytes of each weight and of all; a picture of the widths and their history."""
+    pytest.importorskip("matplotlib")
+    model, backend = Net(), make(granularity=granularity, inner="eager")
+    with pytest.raises(ValueError, match="there are no learned bit widths to draw yet"):
+        backend.plot_bits(tmp_path / "bits.png")
+    assert backend.report().bits is None
+    train(model, backend, 5, coefficient=1.0)
+    up, down = backend.parameters()
+    with torch.no_grad():
+        up.fill_(-0.5)  # 3 bits: fp4_e2m1
+        down.fill_(0.5)  # 5 bits: fp8_e4m3
+    summary = backend.report().bits
+    assert summary.average == pytest.approx(4.0)
+    assert summary.share == {"fp4_e2m1": 0.5, "fp6_e3m2": 0.0, "fp8_e4m3": 0.5, "fp12_e4m7": 0.0, "bf16": 0.0}
+    # half a byte and a byte per element, and a byte for the scale of each of the 6 blocks
+    assert summary.by_weight["up.weight"].stored_bytes == 2880 // 2 + 6
+    assert summary.by_weight["down.weight"].stored_bytes == 2880 + 6
+    assert summary.stored_bytes == 2880 * 3 // 2 + 12
+    text = str(backend.report())
+    assert "learned bit widths" in text
+    assert "up.weight                  3.00     100.0 %" in text
+    backend.plot_bits(tmp_path / "bits.png")
+    assert (tmp_path / "bits.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(RuntimeError, match=r"plot_bits\(\) needs bits=LearnedBits"):
+        gws_compile.backend().plot_bits(tmp_path / "bits.png")
+
+
+def test_history_keeps_few_snapshots():
+    from gws_compile.bit_history import MOST, BitHistory
+
+    history = BitHistory(2.0, 10.0)
+    for step in range(1, 1001):
+        if history.due():
+            history.record(torch.full((4,), 2.0 + 8.0 * step / 1000), torch.full((4,), 0.25))
+    assert len(history.steps) <= MOST
+    assert history.steps[-1] > 980
+    shares = history.histograms()
+    assert torch.equal(shares.sum(1), torch.ones(len(history.steps)))
+    places = shares.argmax(1)
+    assert (places[1:] >= places[:-1]).all()
 
 
 def test_frozen_bits():

@@ -102,6 +102,23 @@ def test_distributed_checkpoints(state, tmp_path):
     assert template["pqt"] == state
 
 
+def test_an_optimizer_that_checkpointing_initializes_takes_no_step(state):
+    """``torch.distributed.checkpoint.state_dict`` fills a fresh optimizer's state by a step of its own."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model, backend = Net(), make()
+    optimizer = torch.optim.AdamW(model.parameters())
+    backend.load_state_dict(state)
+    saved = get_optimizer_state_dict(model, optimizer)
+    set_optimizer_state_dict(model, optimizer, saved)
+    assert optimizer.state  # it did step
+    assert backend.state_dict()["step"] == state["step"]
+    torch.compile(model, backend=backend)(torch.randn(2, 40)).sum().backward()
+    assert backend.state_dict()["step"] == state["step"]
+    optimizer.step()
+    assert backend.state_dict()["step"] == state["step"] + 1
+
+
 def test_what_differs_is_refused(state):
     with pytest.raises(ValueError, match="the state was saved with seed=0, this backend has 3"):
         make(seed=3).load_state_dict(state)

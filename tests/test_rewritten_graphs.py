@@ -64,7 +64,7 @@ class TestRewrittenGraphs(TestCase):
         self.assertExpectedInline(
             show(graph),
             """\
-sample_weight = sample_weight(0.weight, gws_keys, gws_clock, 0, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], 4)
+sample_weight = sample_weight(0.weight, gws_keys, gws_clock, 0, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], True, 5)
 input_1 = linear(l_args_0_, sample_weight, 0.bias)
 return (input_1,)""",
         )
@@ -75,7 +75,7 @@ return (input_1,)""",
         self.assertExpectedInline(
             show(graph),
             """\
-sample_weight = sample_weight(0.weight, None, None, 0, 0, 'e3m2', 4.0, 'none', [32, 32], '', None, '', [], [], 4)
+sample_weight = sample_weight(0.weight, None, None, 0, 0, 'e3m2', 4.0, 'none', [32, 32], '', None, '', [], [], True, 5)
 input_1 = linear(l_args_0_, sample_weight, 0.bias)
 return (input_1,)""",
         )
@@ -84,7 +84,7 @@ return (input_1,)""",
         self.assertExpectedInline(
             show(rewritten_graph(Tied(), self.x)),
             """\
-sample_weight = sample_weight(up.weight, gws_keys, gws_clock, 0, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], 4)
+sample_weight = sample_weight(up.weight, gws_keys, gws_clock, 0, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], True, 5)
 linear = linear(l_x_, sample_weight, None)
 relu = relu(linear)
 linear_1 = linear(relu, sample_weight, None)
@@ -95,7 +95,7 @@ return (linear_1,)""",
         self.assertExpectedInline(
             show(rewritten_graph(nn.Sequential(Conv1D()), self.x)),
             """\
-sample_weight = sample_weight(0.weight, gws_keys, gws_clock, 0, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], 4)
+sample_weight = sample_weight(0.weight, gws_keys, gws_clock, 0, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], True, 5)
 input_1 = addmm(0.bias, l_args_0_, sample_weight)
 return (input_1,)""",
         )
@@ -105,7 +105,7 @@ return (input_1,)""",
             show(rewritten_graph(Checkpointed(), self.x)),
             """\
 wrap_body_0:
-    sample_weight = sample_weight(fc.weight, gws_keys, gws_clock, 0, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], 4)
+    sample_weight = sample_weight(fc.weight, gws_keys, gws_clock, 0, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], True, 5)
     linear = linear(l_x_, sample_weight, fc.bias)
     relu = relu(linear)
     return (relu,)
@@ -119,7 +119,7 @@ return (getitem,)""",
         self.assertExpectedInline(
             show(graph),
             """\
-sample_weight = sample_weight(0.weight, gws_keys, gws_clock, 0, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], 4)
+sample_weight = sample_weight(0.weight, gws_keys, gws_clock, 0, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], True, 5)
 input_1 = conv2d(l_args_0_, sample_weight, 0.bias, (1, 1), (0, 0), (1, 1), 1)
 return (input_1,)""",
         )
@@ -128,7 +128,7 @@ return (input_1,)""",
         self.assertExpectedInline(
             show(rewritten_graph(MixedUses(), self.x)),
             """\
-sample_weight = sample_weight(weight, gws_keys, gws_clock, 0, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], 4)
+sample_weight = sample_weight(weight, gws_keys, gws_clock, 0, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], True, 5)
 w = t(weight)
 w_1 = t(sample_weight)
 matmul = matmul(l_x_, w_1)

@@ -8,7 +8,7 @@ from support import eager
 from torch import nn
 
 import gws_compile
-from gws_compile.checks import MANY_FORWARDS, MANY_STEPS, Checks
+from gws_compile.checks import MANY_FORWARDS, MANY_STEPS
 
 
 @pytest.fixture(autouse=True)
@@ -177,8 +177,8 @@ def test_layers_that_share_a_graph_are_no_repetition():
     assert len(backend.graphs) == 1
 
 
-def test_a_backend_that_nothing_goes_through_is_named(monkeypatch):
-    monkeypatch.setattr(Checks, "_in_use", False)
+def test_a_backend_that_nothing_goes_through_is_named():
+    waiting = gws_compile.backend()  # one that is given to nothing has nothing to say
     model = nn.Sequential(nn.Linear(4, 4))
     model.compile(backend=gws_compile.backend("fp6_e3m2", inner="eager"))  # torch compiles nothing here
     backend = model._compiled_call_impl  # keeps it alive
@@ -198,6 +198,7 @@ def test_a_backend_that_nothing_goes_through_is_named(monkeypatch):
         warnings.simplefilter("error")
         step()
     assert backend is not None
+    assert waiting.graphs == []
 
 
 def test_graphs_without_a_parameter_are_named():
@@ -217,6 +218,29 @@ def test_graphs_without_a_parameter_are_named():
 
     with pytest.warns(gws_compile.GwsWarning, match=r"compiled 1 graphs, none of which reads a parameter.*FSDP1"):
         train(MANY_STEPS)
+
+
+class Tied(nn.Module):
+    """A head tied to its embedding, with a graph break in between."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.body, self.head = nn.Embedding(32, 40), nn.Linear(40, 40), nn.Linear(40, 32, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x):
+        y = self.table(x)
+        torch._dynamo.graph_break()
+        return self.head(self.body(y))
+
+
+def test_a_tied_head_behind_a_graph_break_is_left_alone():
+    """The head's graph does not see the look-up; DDP's graph splitting parts them as well."""
+    backend = gws_compile.backend(inner="eager")
+    torch.compile(Tied(), backend=backend)(torch.arange(8)).sum().backward()
+    assert len(backend.graphs) == 2
+    assert [r.name for r in backend.report().rewritten] == ["body.weight"]
+    assert any("also an embedding table (tied)" in r.reason for r in backend.report().skipped)
 
 
 class Half(nn.Module):

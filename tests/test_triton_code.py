@@ -48,7 +48,7 @@ def sample(
     batch_dims: int,
 ) -> torch.Tensor:
     return torch.ops.gws.sample_weight(
-        w, keys, clock, 1, batch_dims, fmt, BITS[fmt], noise, block, scale, None, "", [], [], OPERATOR_VERSION
+        w, keys, clock, 1, batch_dims, fmt, BITS[fmt], noise, block, scale, None, "", [], [], True, OPERATOR_VERSION
     )
 
 
