@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import fx
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import torch_internals
 from .bit_plot import plot_bits
@@ -48,7 +49,7 @@ class Backend:
         self.config = config
         self.graphs: list[fx.GraphModule] = []
         self._records: list[WeightRecord] = []
-        self._tables: set[tuple[str, tuple[int, ...]]] = set()
+        self._tables = _Tables()
         self._registry = KeyRegistry(config.seed)
         self._clock = Clock()
         self._checks = Checks(config, self._registry)
@@ -86,8 +87,10 @@ class Backend:
         if (mode or options) and config.inner != "inductor":
             raise ValueError(f"mode={mode!r} and options={options!r} are Inductor's, but inner is {config.inner!r}")
         before = sum(1 for _ in gm.graph.nodes)
-        rewritten = rewrite(gm, example_inputs, config=config, tables=self._tables)
-        self._tables.update((w.name, w.shape) for w in weights_of(rewritten) if w.embedded)
+        rewritten = rewrite(
+            gm, example_inputs, config=config, is_table=lambda weight: self._tables.has(weight, example_inputs)
+        )
+        self._tables.add([w for w in weights_of(rewritten) if w.embedded], example_inputs)
         records = [_record(w, config) for w in weights_of(rewritten)]
         self._checks.look_at(weights_of(rewritten), has_parameters=_has_parameters(gm))
         self._records += records
@@ -285,6 +288,30 @@ class Backend:
 
     def __repr__(self) -> str:
         return f"<gws_compile backend: {self.config.fmt}, {self.config.noise}, {len(self.graphs)} graphs>"
+
+
+class _Tables:
+    """The weights that graphs look rows up in: as Parameters, or, of fake inputs, by name and shape."""
+
+    def __init__(self) -> None:
+        self._parameters: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._names: set[tuple[str, tuple[int, ...]]] = set()
+
+    def add(self, weights: Sequence[Weight], inputs: Sequence[Any]) -> None:
+        """Remember these weights of a graph with these inputs."""
+        for weight in weights:
+            given = inputs[weight.position]
+            if torch_internals.is_fake(given):
+                self._names.add((weight.name, weight.shape))
+            else:
+                self._parameters[given] = True
+
+    def has(self, weight: Weight, inputs: Sequence[Any]) -> bool:
+        """Whether this weight of a graph with these inputs has been remembered."""
+        given = inputs[weight.position]
+        if torch_internals.is_fake(given):
+            return (weight.name, weight.shape) in self._names
+        return bool(self._parameters.get(given, False))  # type: ignore[no-untyped-call]
 
 
 def _unpickle(cls: type[Backend], config: Config, state: dict[str, Any]) -> Backend:

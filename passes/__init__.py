@@ -6,7 +6,7 @@ and what it provides; `gws_compile.passes.weights` is all they share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx
@@ -45,7 +45,7 @@ def rewrite(
     example_inputs: Sequence[Any],
     *,
     config: Config,
-    tables: Collection[tuple[str, tuple[int, ...]]] = (),
+    is_table: Callable[[Weight], bool] = lambda weight: False,
 ) -> fx.GraphModule:
     """Run every pass on a copy of Dynamo's graph, which stays as it is.
 
@@ -53,11 +53,11 @@ def rewrite(
         gm: the graph.
         example_inputs: its inputs.
         config: the settings.
-        tables: name and shape of the weights that earlier graphs look rows up in: where a graph break, or DDP's graph
-            splitting, lies between embedding and head, the head's graph cannot tell that its weight is tied.
+        is_table: whether an earlier graph looks rows up in a weight: where a graph break, or DDP's graph splitting,
+            lies between embedding and head, the head's graph cannot tell that its weight is tied.
     """
     gm = copy_graph_module(gm)
-    set_tables(gm, tables)
+    set_tables(gm, is_table)
     for run in PASSES:
         gm = run(gm, example_inputs, config=config)
     return gm

@@ -15,7 +15,7 @@ from gws_compile.names import is_parameter_source, qualified_name
 from gws_compile.sharding import ShardRange
 
 from . import operations
-from .weights import Read, Weight, set_weights, tables_of
+from .weights import Read, Weight, known_table, set_weights
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
@@ -34,7 +34,7 @@ def find_weight_reads(gm: fx.GraphModule, example_inputs: Sequence[Any], *, conf
     weights = _parameters(gm)
     for weight in weights:
         _follow(weight, gm, weight.node, direct=True)
-        weight.embedded |= (weight.name, weight.shape) in tables_of(gm)
+        weight.embedded |= known_table(gm, weight)
     set_weights(gm, weights)
     return gm
 

@@ -5,7 +5,7 @@ A pass reads and writes `weights_of(gm)`, never another pass.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -74,15 +74,15 @@ def set_weights(gm: fx.GraphModule, weights: list[Weight]) -> None:
     gm.meta[_META] = weights
 
 
-def set_tables(gm: fx.GraphModule, tables: Collection[tuple[str, tuple[int, ...]]]) -> None:
-    """Say which weights are known to be embedding tables from other graphs, by name and shape."""
-    gm.meta[_TABLES] = frozenset(tables)
+def set_tables(gm: fx.GraphModule, is_table: Callable[[Weight], bool]) -> None:
+    """Say how to know a weight that another graph looks rows up in."""
+    gm.meta[_TABLES] = is_table
 
 
-def tables_of(gm: fx.GraphModule) -> frozenset[tuple[str, tuple[int, ...]]]:
-    """What `set_tables` said; nothing by default."""
-    tables: frozenset[tuple[str, tuple[int, ...]]] = gm.meta.get(_TABLES, frozenset())
-    return tables
+def known_table(gm: fx.GraphModule, weight: Weight) -> bool:
+    """What `set_tables` says of the weight; no by default."""
+    is_table: Callable[[Weight], bool] | None = gm.meta.get(_TABLES)
+    return is_table is not None and is_table(weight)
 
 
 def weights_of(gm: fx.GraphModule) -> list[Weight]:

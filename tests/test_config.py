@@ -11,7 +11,7 @@ from gws_compile.config import Config
     [
         ({"fmt": "fp8_e4m4"}, r"'fp8_e4m4' says 8 bits, but e4m4 has 1 \+ 4 \+ 4 = 9"),
         ({"fmt": "int8"}, r"unknown format 'int8'; accepted: fp4_e2m1, .*any 'eXmY'"),
-        ({"fmt": None}, "unknown format None; accepted"),
+        ({"fmt": 8}, "unknown format 8; accepted"),
         ({"noise": "gaussian"}, "noise must be one of 'rounded_normal', 'uniform', 'none', got 'gaussian'"),
         ({"noise": None}, "noise must be one of .*, got None"),
         ({"scale": "round"}, "scale must be one of 'floor', 'ceil', None, got 'round'"),
@@ -44,13 +44,6 @@ def test_bad_settings(settings, message):
         return
     with pytest.raises(ValueError, match=message):
         gws_compile.backend(**settings)
-
-
-def test_learned_bits_are_refused_by_name():
-    with pytest.raises(NotImplementedError, match=r"learned bit widths \(bits=LearnedBits\(...\)\)"):
-        gws_compile.backend(bits=gws_compile.LearnedBits())
-    with pytest.raises(ValueError, match=r"LearnedBits.init must be a number from 2 to 24, got 1"):
-        gws_compile.LearnedBits(init=1)
 
 
 def test_unknown_argument_is_a_type_error():

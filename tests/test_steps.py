@@ -225,13 +225,13 @@ class Tied(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.table, self.body, self.head = nn.Embedding(32, 40), nn.Linear(40, 40), nn.Linear(40, 32, bias=False)
-        self.head.weight = self.table.weight
+        self.table, self.body, self.decoder = nn.Embedding(32, 40), nn.Linear(40, 40), nn.Linear(40, 32, bias=False)
+        self.decoder.weight = self.table.weight
 
     def forward(self, x):
         y = self.table(x)
         torch._dynamo.graph_break()
-        return self.head(self.body(y))
+        return self.decoder(self.body(y))
 
 
 def test_a_tied_head_behind_a_graph_break_is_left_alone():
