@@ -88,8 +88,10 @@ def train(setting: Setting, kind: str, text: Text, seed: int, args: argparse.Nam
     torch.manual_seed(seed)
     device = torch.device(args.device)
     model = build_model(kind, SIZES[args.size], args.seq).to(device)
-    backend = None if setting.arguments is None else gws_compile.backend(seed=seed, **setting.arguments)
-    compiled = torch.compile(model, backend=backend or "inductor", fullgraph=True)
+    backend = (
+        None if setting.arguments is None else gws_compile.backend(seed=seed, inner=args.inner, **setting.arguments)
+    )
+    compiled = torch.compile(model, backend=backend or args.inner, fullgraph=True)
 
     def loss_of(tokens: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -228,17 +230,17 @@ def plot(path: Path, kind: str, found: Sequence[dict[str, Any]]) -> None:
     """Deployed loss against average width."""
     figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
     groups = {
-        "rounded normal noise": ("o", "tab:blue", lambda n: "uniform" not in n and "no noise" not in n),
-        "uniform noise": ("s", "tab:orange", lambda n: "uniform" in n),
-        "no noise": ("^", "tab:green", lambda n: "no noise" in n),
+        "rounded normal noise": ("o", "tab:blue", -0.08, lambda n: "uniform" not in n and "no noise" not in n),
+        "uniform noise": ("s", "tab:orange", 0.0, lambda n: "uniform" in n),
+        "no noise": ("^", "tab:green", 0.08, lambda n: "no noise" in n),
     }
-    for label, (marker, color, belongs) in groups.items():
+    for label, (marker, color, aside, belongs) in groups.items():
         members = [r for r in found if r["average"] is not None and belongs(r["name"])]
         for learned in (False, True):
             part = [r for r in members if r["name"].startswith("learned") == learned]
             if part:
                 axes.errorbar(
-                    [r["average"] for r in part],
+                    [r["average"] + aside + 0.03 * (learned + i % 2 * learned) for i, r in enumerate(part)],
                     [r["deployed"][0] for r in part],
                     [r["deployed"][1] for r in part],
                     fmt=marker,
@@ -249,7 +251,11 @@ def plot(path: Path, kind: str, found: Sequence[dict[str, Any]]) -> None:
                 )
     plain = next(r for r in found if r["name"] == "plain bf16")
     axes.axhline(plain["deployed"][0], color="gray", linestyle="--", label="plain bf16")
-    axes.set(xlabel="average bit width b", ylabel="deployed held-out loss (nats per byte)", title=MODELS[kind])
+    axes.set(
+        xlabel="average bit width b (points spread sideways)",
+        ylabel="deployed held-out loss (nats per byte)",
+        title=MODELS[kind],
+    )
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -278,6 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--seq", type=int, default=128, help="bytes per sequence (default: %(default)s)")
     add("--lr", type=float, default=2e-3, help="peak learning rate of the weights (default: %(default)s)")
     add("--only", default="", metavar="TEXT", help="only settings whose name contains this")
+    add("--inner", default="inductor", help="compiler: inductor, aot_eager or eager (default: %(default)s)")
     add("--data", type=Path, metavar="PATH", help="text file or folder (default: Python's standard library)")
     add(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ... (default: %(default)s)"
