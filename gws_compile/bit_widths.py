@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -34,12 +36,14 @@ class Entry:
         shape: the weight's.
         elements: elements of each block, float32, of the parameter's shape.
         blocks: how many blocks the weight has.
+        owner: the weight, as it last came.
     """
 
     parameter: nn.Parameter
     shape: tuple[int, ...]
     elements: torch.Tensor
     blocks: int
+    owner: weakref.ref[torch.Tensor]
 
 
 class BitWidths:
@@ -69,10 +73,22 @@ class BitWidths:
 
     # --- Finding the parameters --------------------------------------------------------------------------------------
 
-    def prepare(self, weight: torch.Tensor, name: str, batch_dims: int) -> None:
-        """Make the widths of a weight that no forward has seen yet."""
-        self._prepared[weight] = name
-        self._entry(name, weight, batch_dims)
+    def prepare(self, weight: torch.Tensor, name: str, batch_dims: int, *, used: str | None) -> None:
+        """Make the widths of a weight, if it has none.
+
+        Args:
+            weight: the Parameter.
+            name: its qualified name; another weight that has it already makes it ``name#1``, ``name#2``, ...
+            batch_dims: see `gws_compile.sampling.matrix_shape`.
+            used: its unique name, where a forward has seen it.
+        """
+        if self._prepared.get(weight) is None:  # type: ignore[no-untyped-call]
+            self._prepared[weight] = unique = used or self._free(name)
+            self._entry(unique, weight, batch_dims)
+
+    def _free(self, name: str) -> str:
+        names = (name if i == 0 else f"{name}#{i}" for i in itertools.count())
+        return next(n for n in names if n not in self.entries)
 
     def parameter(self, weight: torch.Tensor, name: str, batch_dims: int, groups: tuple[Any, ...] = ()) -> nn.Parameter:
         """The b_i of a weight.
@@ -84,7 +100,14 @@ class BitWidths:
             groups: the process groups over which the gradient is averaged.
         """
         prepared: str | None = self._prepared.get(weight)  # type: ignore[no-untyped-call]
+        known = self.entries.get(prepared or name)
+        owner = None if known is None else known.owner()
+        if owner is not None and owner is not weight:
+            # Prepared for another weight, which is there and has not been used yet. (Under FSDP2 the weight that was
+            # prepared is gone, and another Parameter comes under its name.)
+            self._prepared[weight] = prepared = self._free(name)
         entry = self._entry(prepared or name, weight, batch_dims)
+        entry.owner = weakref.ref(weight)
         self._sync.watch(prepared or name, entry.parameter, groups)
         if entry.parameter.device != weight.device:
             with torch.no_grad():
@@ -108,7 +131,7 @@ class BitWidths:
         parameter.requires_grad_(not self.frozen)
         blocks = math.prod(parameter_shape(matrices, rows, cols, self.block, "block"))
         elements = _elements(matrices, rows, cols, self.block, sizes).to(weight.device)
-        entry = self.entries[name] = Entry(parameter, shape, elements, blocks)
+        entry = self.entries[name] = Entry(parameter, shape, elements, blocks, weakref.ref(weight))
         return entry
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

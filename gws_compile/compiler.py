@@ -174,7 +174,7 @@ class Backend:
 
         if self._bits is not None:
             for name, weight, batch_dims in trainable_weights(model, args, kwargs, self.config):
-                self._bits.prepare(weight, name, batch_dims)
+                self._bits.prepare(weight, name, batch_dims, used=self._registry.name(weight))
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """The backend's own trainable parameters, those of learned bit widths: a weight's name and ``.bits``.

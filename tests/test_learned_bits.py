@@ -307,6 +307,17 @@ def test_nothing_is_stored_for_the_gradient(backward):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in backend.parameters())
 
 
+def test_gradients_of_save_and_recompute_are_bit_identical():
+    x, model, results = torch.randn(8, 40), Net(), []
+    for backward in ("save", "recompute"):
+        torch._dynamo.reset()
+        model.zero_grad()
+        backend = make(inner="inductor", backward=backward)
+        torch.compile(model, backend=backend)(x).square().sum().backward()
+        results.append([p.grad.clone() for p in (*model.parameters(), *backend.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_one_fused_reduction():
     """Backward draws R again and reduces it and the block maximum in one kernel beside the gradient's own."""
     w, b = torch.randn(256, 256, requires_grad=True), torch.ones(8, 8, requires_grad=True)
@@ -339,6 +350,24 @@ def test_prepare_computes_nothing_and_names_the_parameters():
     assert backend.average_bits() == 6.0
     assert {n: b.unique().tolist() for n, b in backend.bits().items()} == {"up.weight": [6.0], "down.weight": [6.0]}
     torch.set_rng_state(generator)
+
+
+def test_models_of_the_same_names_have_widths_of_their_own():
+    one, two, three, backend = Net(), Net(), Net(), make(inner="eager")
+    x = torch.randn(2, 40)
+    backend.prepare(one, x)
+    backend.prepare(two, x)
+    backend.prepare(one, x)  # a second time changes nothing
+    assert [n for n, _ in backend.named_parameters()] == [
+        "up.weight.bits", "down.weight.bits", "up.weight#1.bits", "down.weight#1.bits"
+    ]  # fmt: skip
+    torch.compile(three, backend=backend)(x).sum().backward()  # not prepared, and the first to be used
+    torch.compile(two, backend=backend)(x).sum().backward()
+    parameters = dict(backend.named_parameters())
+    used = {n for n, p in parameters.items() if p.grad is not None}
+    assert used == {"up.weight#1.bits", "down.weight#1.bits", "up.weight#2.bits", "down.weight#2.bits"}
+    backend.prepare(three, x)
+    assert len(list(backend.parameters())) == 6
 
 
 @pytest.mark.parametrize("how", ["compiled", "Module.compile", "blocks"])

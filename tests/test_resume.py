@@ -22,9 +22,14 @@ torch.manual_seed(0)
 torch.set_num_threads(1)
 blocks = [nn.Sequential(nn.Linear(40, 72), nn.GELU(), nn.Linear(72, 40)) for _ in range(2)]
 model = nn.Sequential(*blocks)
-backend = gws_compile.backend("fp6_e3m2", seed=11, inner="aot_eager", resample=resample)
+learned = resample == "learned"
+bits = gws_compile.LearnedBits(average=5.0) if learned else None
+settings = {"bits": bits, "resample": "step" if learned else resample}
+backend = gws_compile.backend("fp6_e3m2", seed=11, inner="aot_eager", **settings)
+for block in blocks:
+    backend.prepare(block, torch.randn(4, 40, generator=torch.Generator().manual_seed(0)))
 compiled = [torch.compile(block, backend=backend) for block in blocks]  # named by order: no module is around them
-optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+optimizer = torch.optim.AdamW([*model.parameters(), *backend.parameters()], lr=0.01)
 if load:
     state = torch.load(load, weights_only=True)
     model.load_state_dict(state["model"])
@@ -36,8 +41,8 @@ for step in range(first, last):
         for block in compiled:
             half = block(half)
         loss = half.square().mean()
-        loss.backward()
-        print(step, loss.item().hex())
+        (loss + backend.bit_loss()).backward()
+        print(step, loss.item().hex(), float(backend.average_bits()).hex())
     optimizer.step()
     optimizer.zero_grad()
 if save:
@@ -51,7 +56,7 @@ def run(*args):
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("resample", ["step", "forward"])
+@pytest.mark.parametrize("resample", ["step", "forward", "learned"])
 def test_a_new_process_continues_bit_for_bit(tmp_path, resample):
     whole = run(0, 5, "", "", resample)
     assert len(whole) == 10

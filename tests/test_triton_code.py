@@ -21,6 +21,7 @@ import gws_compile
 import gws_compile.lowering
 from gws_compile.cast import needs_block_maximum
 from gws_compile.formats import FloatFormat
+from gws_compile.learned import WidthRule
 from gws_compile.sampling import OPERATOR_VERSION
 
 pytest.importorskip("triton")
@@ -28,6 +29,9 @@ pytest.importorskip("triton")
 KEYS = torch.tensor([[11, -12], [123456789, -987654321]], dtype=torch.int32)
 ON = torch.tensor([7, -1], dtype=torch.int32)
 OFF = torch.tensor([7, 0], dtype=torch.int32)
+LEARNING = torch.tensor([7, -1, 0], dtype=torch.int32)
+FROZEN = torch.tensor([7, -1, -1], dtype=torch.int32)
+RULE = WidthRule.of(gws_compile.LearnedBits()).spec
 BITS = {"e4m3": 5.0, "e2m1": 3.0, "e5m2": 4.0, "e8m7": 9.0, "e8m23": 24.0, "e7m23": 24.0}
 NOISES = ("rounded_normal", "uniform", "none")
 SCALES = ("floor", "ceil", "")
@@ -65,6 +69,19 @@ def train_step(x: torch.Tensor, inner: str) -> list[torch.Tensor]:
     y = torch.compile(model, backend=gws_compile.backend(inner=inner, exclude=(), strict=True))(x)
     y.square().sum().backward()
     return [y.detach(), *(p.grad for p in model.parameters())]
+
+
+def learned(w: torch.Tensor, b: torch.Tensor, clock: torch.Tensor, noise: str) -> torch.Tensor:
+    """A weight with learned widths, and the cast of autocast behind it."""
+    return torch.ops.gws.sample_weight(
+        w, KEYS, clock, 1, 0, "e8m7", 0.0, noise, (32, 32), "floor", b, RULE, [], [], True, OPERATOR_VERSION
+    ).to(torch.bfloat16)
+
+
+def bits_gradient(grad: torch.Tensor, w: torch.Tensor, b: torch.Tensor, noise: str) -> torch.Tensor:
+    return torch.ops.gws.bits_gradient(
+        grad, w, KEYS, LEARNING, b, 1, 0, noise, (32, 32), RULE, [], [], OPERATOR_VERSION
+    )
 
 
 def extrema(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,8 +145,29 @@ LINEARS = {
     f"linear {rows} x {cols}": Call(linear, (meta(16, cols, dtype=torch.bfloat16), meta(rows, cols)), interpret=False)
     for rows, cols in [(4096, 4096), (2304, 768)]
 }
+WIDTHS = torch.tensor([[1.0, -0.5, 0.0], [0.49, 2.4, 9.0]])  # 6, 3, 4, 4.98, 8.8 and 10 bits
+LEARNED = {
+    "learned": Call(learned, (all_kinds_of_blocks(), WIDTHS, LEARNING, "rounded_normal")),
+    "learned, uniform": Call(learned, (randn(40, 70), WIDTHS, LEARNING, "uniform")),
+    "learned, frozen": Call(learned, (randn(40, 70).bfloat16(), WIDTHS, FROZEN, "rounded_normal")),
+    "learned, noise off": Call(learned, (all_kinds_of_blocks(), WIDTHS, OFF.new_tensor([7, 0, 0]), "rounded_normal")),
+    "learned, a width per weight": Call(learned, (randn(40, 70), torch.tensor(0.3), LEARNING, "rounded_normal")),
+}
+GRADIENTS = {
+    "gradient": Call(bits_gradient, (randn(40, 70, seed=1), randn(40, 70), WIDTHS, "rounded_normal")),
+    "gradient, uniform": Call(bits_gradient, (randn(40, 70, seed=1), randn(40, 70), WIDTHS, "uniform")),
+    "gradient of a weight": Call(bits_gradient, (randn(40, 70, seed=1), randn(40, 70), torch.tensor(0.3), "uniform")),
+}
+LARGE = {
+    "learned 4096 x 4096": Call(
+        learned, (meta(4096, 4096), meta(128, 128), LEARNING, "rounded_normal"), interpret=False
+    ),
+    "gradient 4096 x 4096": Call(
+        bits_gradient, (meta(4096, 4096), meta(4096, 4096), meta(128, 128), "rounded_normal"), interpret=False
+    ),
+}
 BEYOND_INT32, TRAIN, EXTREMA = "more than 2**31 elements", "training", "extrema"
-CALLS = (SAMPLES | LINEARS) | {
+CALLS = (SAMPLES | LINEARS | LEARNED | GRADIENTS | LARGE) | {
     BEYOND_INT32: sample_call(meta(2**16, 2**15 + 2, dtype=torch.bfloat16), interpret=False),
     TRAIN: Call(train_step, (randn(4, 40), "inductor"), compiled=False),
     EXTREMA: Call(extrema, (torch.tensor([[1.0, -3.0, 2.0], [5.0, torch.nan, -1.0], [-torch.inf, 0.0, 0.5]]),)),
@@ -208,6 +246,33 @@ def assert_same_bits(actual: torch.Tensor, wanted: torch.Tensor) -> None:
 @pytest.mark.parametrize("name", SAMPLES)
 def test_results_are_those_of_the_eager_kernel(outcomes, name):
     assert_same_bits(outcomes[name].result, sample(*SAMPLES[name].args))
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_learned_widths_are_those_of_the_eager_kernel(outcomes, name):
+    assert_same_bits(outcomes[name].result, learned(*LEARNED[name].args))
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_of_widths_are_those_of_the_eager_kernel(outcomes, name):
+    """But for the order of a sum."""
+    wanted = bits_gradient(*GRADIENTS[name].args)
+    torch.testing.assert_close(outcomes[name].result, wanted, rtol=1e-5, atol=1e-6 * float(wanted.abs().max()))
+
+
+def test_kernels_of_learned_widths(outcomes):
+    """Sampling: the block maximum with what follows from it per block, and the weight's own loop. The gradient: one
+    loop over the weight for both reductions. No spills, no calls, 32-bit integers."""
+    counts = {name: len(kernel_sources(outcomes[name].sources[0])) for name in LARGE}
+    assert counts == {"learned 4096 x 4096": 2, "gradient 4096 x 4096": 1}
+    for name in LARGE:
+        source = code(outcomes[name])
+        assert "torch.ops.gws" not in source
+        assert set(re.findall(r"\b(?:libdevice|tl_math)\.(\w+)", source)) <= {"abs"}
+        assert "tl.int64" not in source
+        for kernel in compiled_kernels(outcomes[name].sources[0], 90):
+            assert (kernel.spills, kernel.stack) == (0, 0)
+            assert ".ftz" not in kernel.ptx
 
 
 def test_a_training_step_is_that_of_the_eager_kernel(outcomes):
