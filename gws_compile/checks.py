@@ -17,7 +17,7 @@ from .warning import GwsWarning
 MANY_FORWARDS = 128
 """Training forwards on one sample that are more than an accumulation of gradients."""
 
-MANY_STEPS = 10
+MANY_STEPS = 50
 """Optimizer steps after which a backend that has compiled nothing is worth a word."""
 
 

@@ -156,7 +156,7 @@ class WidthRule:
 
     def index(self, widths: torch.Tensor) -> torch.Tensor:
         """int64: which of `formats` each width stands for."""
-        return torch.bucketize(widths.detach().float(), torch.tensor(self.reaches, device=widths.device))
+        return torch.bucketize(widths.detach().float().contiguous(), torch.tensor(self.reaches, device=widths.device))
 
     def widths(self, parameter: torch.Tensor) -> torch.Tensor:
         """float32: the widths within ``min`` and ``max``, as the operator computes them; no gradient."""

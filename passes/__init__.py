@@ -18,7 +18,7 @@ from .find import find_weight_reads
 from .recompute import recompute_in_backward
 from .sample import InputLayout, LearnedInput, input_layout, is_noisy, sample_weights
 from .select import select_weights
-from .weights import Read, Weight, set_tables, weights_of
+from .weights import Read, Weight, forget_tables, set_tables, weights_of
 
 __all__ = [
     "PASSES",
@@ -60,4 +60,5 @@ def rewrite(
     set_tables(gm, is_table)
     for run in PASSES:
         gm = run(gm, example_inputs, config=config)
+    forget_tables(gm)
     return gm

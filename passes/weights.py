@@ -79,6 +79,11 @@ def set_tables(gm: fx.GraphModule, is_table: Callable[[Weight], bool]) -> None:
     gm.meta[_TABLES] = is_table
 
 
+def forget_tables(gm: fx.GraphModule) -> None:
+    """Drop what `set_tables` said: the graph is kept, and must not keep what the function refers to."""
+    gm.meta.pop(_TABLES, None)
+
+
 def known_table(gm: fx.GraphModule, weight: Weight) -> bool:
     """What `set_tables` says of the weight; no by default."""
     is_table: Callable[[Weight], bool] | None = gm.meta.get(_TABLES)

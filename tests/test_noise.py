@@ -18,7 +18,7 @@ from scipy import linalg, special, stats
 from gws_compile import noise
 from gws_compile.formats import FloatFormat
 from gws_compile.keys import key_words
-from gws_compile.noise import TAIL_COUNTS, add_noise, random_word
+from gws_compile.noise import TAIL_COUNTS, add_noise, fixed_amplitude, random_word
 from gws_compile.primitives import TorchPrimitives, wrap_int32
 from gws_compile.sampling import sample_eager
 
@@ -60,7 +60,9 @@ def words(log2: int, key: tuple[int, int] = KEY, step: int = 0) -> torch.Tensor:
 def draw(word: torch.Tensor, law: str = "rounded_normal") -> torch.Tensor:
     """R: the noise of amplitude one on a weight of zero."""
     w, amax = torch.zeros(()), torch.ones(())
-    return torch.cat([add_noise(P, law, w, amax, 1.0, piece, int32(-1)) for piece in word.split(PIECE)])
+    return torch.cat(
+        [add_noise(P, law, w, fixed_amplitude(P, amax, 1.0), piece, int32(-1)) for piece in word.split(PIECE)]
+    )
 
 
 def bits(word: torch.Tensor) -> torch.Tensor:
@@ -364,7 +366,7 @@ def test_untouched_weights_keep_their_bits(law, enabled):
     w = torch.cat([torch.tensor(special), payload]).repeat(4096)
     word = words(20)[: w.numel()]
     for amax in (0.0, 1.0, math.inf, math.nan):
-        y = add_noise(P, law, w, torch.full_like(w, amax), 4.0, word, int32(enabled))
+        y = add_noise(P, law, w, fixed_amplitude(P, torch.full_like(w, amax), 4.0), word, int32(enabled))
         same = y.view(torch.int32) == w.view(torch.int32)
         if not enabled:
             assert bool(same.all())
