@@ -91,7 +91,8 @@ def name_of(node: fx.Node) -> str:
         return str(node.args[1])
     if name == "__get__":  # a tensor property, read through its descriptor
         return getattr(getattr(target, "__self__", None), "__name__", name)
-    return name.removesuffix(".default").rsplit(".", 1)[-1]
+    # Up to torch 2.12 Dynamo wraps a DTensor's methods in functions called prim_to_local and so on.
+    return name.removeprefix("prim_").removesuffix(".default").rsplit(".", 1)[-1]
 
 
 def _holds(value: object, weight: fx.Node) -> bool:
