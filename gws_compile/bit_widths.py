@@ -282,12 +282,8 @@ class BitWidths:
                 "state is loaded by torch.distributed.checkpoint, which fills in what is there"
             )
         for name, value in bits.items():
-            entry = self.entries.get(name)
-            if entry is not None and entry.parameter.shape != value.shape:
-                raise ValueError(
-                    f"the state was saved with bit widths of shape {tuple(value.shape)} for {name}, this backend has "
-                    f"{tuple(entry.parameter.shape)}"
-                )
+            if name in self.entries:
+                _check_shape(name, self.entries[name].parameter, value)  # of all, before any is copied
         self.frozen = bool(state["frozen"])
         for name, value in bits.items():
             entry = self.entries.get(name)
@@ -301,12 +297,16 @@ class BitWidths:
             self.steering.load_state_dict(state["steering"])
 
 
-def _copy(name: str, parameter: nn.Parameter, value: torch.Tensor) -> None:
+def _check_shape(name: str, parameter: nn.Parameter, value: torch.Tensor) -> None:
     if parameter.shape != value.shape:
         raise ValueError(
             f"the state was saved with bit widths of shape {tuple(value.shape)} for {name}, this backend has "
             f"{tuple(parameter.shape)}"
         )
+
+
+def _copy(name: str, parameter: nn.Parameter, value: torch.Tensor) -> None:
+    _check_shape(name, parameter, value)
     with torch.no_grad():
         parameter.copy_(value)
 

@@ -346,10 +346,10 @@ class _Runtime:
             (device, positions, KeyTable(registry, layout.names[device], device))
             for device, positions in layout.positions.items()
         ]
+        self._weights = sorted({*self._learned, *(i for positions in layout.positions.values() for i in positions)})
 
     def __call__(self, *args: Any) -> Any:
-        positions = [i for _, positions, _ in self._tables for i in positions]
-        if any(torch_internals.is_fake(args[i]) for i in (*positions, *self._learned)):
+        if any(torch_internals.is_fake(args[i]) for i in self._weights):
             # DDP's graph splitting runs the graph once on fake tensors, which are nobody's weights; and a clock made
             # now would be a fake tensor too.
             return self._compiled(*args, *self._examples)

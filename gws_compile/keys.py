@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .by_weights import ByWeights
 from .callers import Callers
 from .primitives import wrap_int32
 from .warning import GwsWarning
@@ -132,25 +133,21 @@ class KeyRegistry:
 
 
 class KeyTable:
-    """The int32 (weights, 2) key tensors of a graph on a device, one for each set of Parameters it is called with."""
+    """The keys of a graph's weights on a device, one `KeyRows` for each set of Parameters it is called with."""
 
     def __init__(self, registry: KeyRegistry, names: Sequence[str], device: torch.device) -> None:
         self._registry = registry
         self._names = names
         self._device = device
-        self._rows: dict[tuple[int, ...], KeyRows] = {}
+        self._rows = ByWeights(self._make)
 
     def __call__(self, weights: Sequence[torch.Tensor]) -> KeyRows:
         """The keys of these weights, a row each, in this order."""
-        ids = tuple(map(id, weights))
-        found = self._rows.get(ids)
-        if found is not None and found.belong_to(weights):
-            return found
-        # Ids of dead Parameters are used again: drop what no longer matches, so that the tables do not pile up either.
-        self._rows = {k: v for k, v in list(self._rows.items()) if v.alive()}
-        rows = torch.tensor(self._registry.words(weights, self._names), dtype=torch.int32, device=self._device)
-        self._rows[ids] = found = KeyRows(rows, [weakref.ref(w) for w in weights])
-        return found
+        return self._rows(weights)
+
+    def _make(self, weights: Sequence[torch.Tensor]) -> KeyRows:
+        words = self._registry.words(weights, self._names)
+        return KeyRows(torch.tensor(words, dtype=torch.int32, device=self._device))
 
 
 class KeyRows:
@@ -160,19 +157,10 @@ class KeyRows:
         tensor: int32, (weights, 2).
     """
 
-    def __init__(self, tensor: torch.Tensor, weights: list[weakref.ref[torch.Tensor]]) -> None:
+    def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
-        self._weights = weights
         self._draw = -1
         self._uses = 0
-
-    def belong_to(self, weights: Sequence[torch.Tensor]) -> bool:
-        """Whether these are the Parameters, not others at the same addresses."""
-        return all(ref() is w for ref, w in zip(self._weights, weights, strict=True))
-
-    def alive(self) -> bool:
-        """Whether none of the Parameters is gone."""
-        return all(ref() is not None for ref in self._weights)
 
     def count(self, draw: int) -> int:
         """Count a use in this draw, and say how many there were, this one included."""

@@ -146,7 +146,7 @@ class WidthRule:
 
     @property
     def slope(self) -> float:
-        """Db / db_i, as a float32 value."""
+        """The derivative of b by b_i, a float32 value."""
         return _float32(self.init - self.target)
 
     @property

@@ -15,24 +15,18 @@ from . import torch_internals
 from .compiler import Backend
 from .config import Config
 from .names import clean
-from .passes import Weight, weights_of
+from .passes import weights_of
 
 
 class Tracer(Backend):
-    """A backend that rewrites graphs for the record, and runs the model's own.
-
-    Attributes:
-        weights: the weights of all graphs, in the order found.
-    """
+    """A backend that rewrites graphs for the record, and runs the model's own."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(replace(config, inner="eager"))
-        self.weights: list[Weight] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **settings: Any) -> Callable[..., Any]:
         """Rewrite the graph and give back the model's own."""
         super().__call__(gm, example_inputs)
-        self.weights += weights_of(self.graphs[-1])
         return gm.forward
 
 
@@ -72,7 +66,7 @@ def trainable_weights(
     for name, parameter in parameters.items():
         by_name.setdefault(clean(name), parameter)
     found: dict[str, tuple[str, nn.Parameter, int]] = {}
-    for weight in tracer.weights:
+    for weight in (weight for graph in tracer.graphs for weight in weights_of(graph)):
         if weight.reason is None and weight.trainable and weight.name in by_name:
             found.setdefault(weight.name, (weight.name, by_name[weight.name], weight.reads[0].batch_dims))
     return list(found.values())

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from . import torch_internals
 from .bit_widths import BitWidths
+from .by_weights import ByWeights
 from .gradient_sync import SumOverShards
 from .keys import KeyRegistry
 from .learned import parameter_shape
@@ -24,31 +25,28 @@ class WidthTable:
         self._bits = bits
         self._registry = registry
         self._inputs = inputs
-        self._found: dict[tuple[int, ...], tuple[list[weakref.ref[torch.Tensor]], list[nn.Parameter]]] = {}
+        self._found = ByWeights(self._look_up)
 
     def __call__(self, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The widths' parameters of these weights; of a sharded weight, this rank's part, a view."""
-        ids = tuple(map(id, weights))
-        found = self._found.get(ids)
-        if found is None or not all(ref() is w for ref, w in zip(found[0], weights, strict=True)):
-            self._found = {k: v for k, v in list(self._found.items()) if all(ref() is not None for ref in v[0])}
-            found = self._found[ids] = ([weakref.ref(w) for w in weights], self._look_up(weights))
-        return [self._part(p, w, given) for p, w, given in zip(found[1], weights, self._inputs, strict=True)]
+        found = self._found(weights)
+        return [self._part(p, groups, given) for (p, groups), given in zip(found, self._inputs, strict=True)]
 
-    def _look_up(self, weights: Sequence[torch.Tensor]) -> list[nn.Parameter]:
+    def _look_up(self, weights: Sequence[torch.Tensor]) -> list[tuple[nn.Parameter, tuple[Any, ...]]]:
+        """Each weight's parameter, and the process groups among which the weight is sharded."""
         self._registry.words(weights, [given.name for given in self._inputs])
         parameters = []
         for weight, given in zip(weights, self._inputs, strict=True):
             name = str(self._registry.name(weight))
             groups = self._registry.groups(weight)
-            parameters.append(self._bits.parameter(weight, name, given.batch_dims, groups))
+            parameter = self._bits.parameter(weight, name, given.batch_dims, groups)
+            parameters.append((parameter, torch_internals.shard_groups(weight)))
         return parameters
 
-    def _part(self, parameter: nn.Parameter, weight: torch.Tensor, given: LearnedInput) -> torch.Tensor:
+    def _part(self, parameter: nn.Parameter, groups: tuple[Any, ...], given: LearnedInput) -> torch.Tensor:
         shard = given.shard
         if shard is None:
             return parameter
-        groups = torch_internals.shard_groups(weight)
         shared: torch.Tensor = SumOverShards.apply(parameter, groups)  # type: ignore[no-untyped-call]
         if parameter.ndim == 0:
             return shared
