@@ -254,8 +254,10 @@ def named_compile(name: str, gm: fx.GraphModule, example_inputs: Sequence[Any]) 
 def inductor() -> SimpleNamespace:
     """What a lowering is written with; imports Inductor on first use.
 
-    Relies on ``virtualized.ops``, ``ir.Pointwise``, ``lowering.register_lowering``, the lowerings of ``aten.amax`` and
-    ``aten.sum``.
+    Relies on ``virtualized.ops`` and ``V.graph`` (``current_node``, ``register_buffer``, ``register_operation``),
+    ``ir.Pointwise``, ``Reduction``, ``Scatter``, ``ComputedBuffer``, ``FixedLayout``, ``TensorBox`` and
+    ``FlexibleLayout.contiguous_strides``, ``lowering.register_lowering``, ``to_dtype``, ``view``, and the lowerings of
+    ``aten.amax`` and ``aten.sum``.
     """
     sympy = importlib.import_module("sympy")
     ops = _find("torch._inductor.virtualized", "ops")
@@ -263,6 +265,8 @@ def inductor() -> SimpleNamespace:
     modular = _find("torch.utils._sympy.functions", "ModularIndexing")
     lowerings = _find("torch._inductor.lowering", "lowerings")
     register = _find("torch._inductor.lowering", "register_lowering")
+    ir = importlib.import_module("torch._inductor.ir")
+    virtualized = _find("torch._inductor.virtualized", "V")
 
     def product(sizes: Sequence[Any]) -> Any:
         total: Any = sympy.S.One
@@ -280,11 +284,16 @@ def inductor() -> SimpleNamespace:
             result.append(floordiv(index, stride) if i == 0 else modular(index, stride, n))
         return result
 
-    def linear_int32(index: Sequence[Any], sizes: Sequence[Any], numel: Any) -> Any:
-        """The row-major element index, mod 2**32, as an int32 value."""
+    def flatten(index: Sequence[Any], sizes: Sequence[Any]) -> Any:
+        """The row-major index into dims of these sizes."""
         total: Any = 0
         for i, n in zip(index, sizes, strict=True):
             total = total * n + i
+        return total
+
+    def linear_int32(index: Sequence[Any], sizes: Sequence[Any], numel: Any) -> Any:
+        """The row-major element index, mod 2**32, as an int32 value."""
+        total = flatten(index, sizes)
         if numel < 2**31:
             return ops.index_expr(total, torch.int32)
         return ops.to_dtype(ops.index_expr(total, torch.int64), torch.int32, src_dtype=torch.int64)
@@ -300,15 +309,82 @@ def inductor() -> SimpleNamespace:
             return floordiv(sympy.sympify(index), sympy.Integer(side))
         return floordiv(2 * sympy.sympify(index) + 1, sympy.Integer(2 * side))
 
+    def is_contiguous(x: Any) -> bool:
+        """Whether a stored tensor is row-major."""
+        stride = x.maybe_get_stride()
+        wanted = ir.FlexibleLayout.contiguous_strides(x.get_size())
+        return stride is not None and all(
+            n == 1 or s == w for n, s, w in zip(x.get_size(), stride, wanted, strict=True)
+        )
+
+    def has_pointwise_user() -> bool:
+        """Whether an elementwise operation reads the result of the node that is being lowered, through views or not."""
+        convert = torch.ops.prims.convert_element_type.default
+        views = (torch.ops.aten.permute, torch.ops.aten.t, torch.ops.aten.view, torch.ops.aten.unsqueeze)
+
+        def reads(node: fx.Node) -> bool:
+            if node.target is convert or torch.Tag.pointwise in getattr(node.target, "tags", ()):
+                return True
+            return getattr(node.target, "overloadpacket", None) in views and any(map(reads, node.users))
+
+        return any(map(reads, virtualized.graph.current_node.users))
+
+    def reduction(
+        kind: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        value: Callable[[Sequence[Any], Sequence[Any]], Any],
+        ranges: Sequence[Any],
+        reduced: Sequence[Any],
+    ) -> Any:
+        """The ``"max"`` or ``"sum"`` over the dims ``reduced``; a GPU keeps up to 1024 elements in registers."""
+        return ir.Reduction.create(
+            device=device,
+            dst_dtype=dtype,
+            src_dtype=dtype,
+            inner_fn=value,
+            ranges=list(ranges),
+            reduction_ranges=list(reduced),
+            reduction_type=kind,
+            reduction_hint=ir.ReductionHint.INNER,
+        )
+
+    def scatter(
+        device: torch.device,
+        dtype: torch.dtype,
+        value: Callable[[Sequence[Any]], Any],
+        ranges: Sequence[Any],
+        to: Callable[[Sequence[Any]], Sequence[Any]],
+        size: Sequence[Any],
+    ) -> Any:
+        """A row-major tensor of this size, whose element ``to(index)`` is ``value(index)``: each is written once."""
+        written = ir.Scatter(
+            device=device, dtype=dtype, inner_fn=value, ranges=list(ranges), output_indexer=to, scatter_mode=None
+        )
+        strides = ir.FlexibleLayout.contiguous_strides(list(size))
+        buffer = ir.ComputedBuffer(name=None, layout=ir.FixedLayout(device, dtype, list(size), strides), data=written)
+        buffer.name = virtualized.graph.register_buffer(buffer)
+        virtualized.graph.register_operation(buffer)
+        return ir.TensorBox.create(buffer)
+
     def register_lowering(op: Any, fn: Callable[..., Any]) -> None:
         if op not in lowerings:
             register(op, type_promotion_kind=None)(fn)
 
     return SimpleNamespace(
         ops=ops,
-        Pointwise=_find("torch._inductor.ir", "Pointwise"),
+        Pointwise=ir.Pointwise,
+        flatten=flatten,
+        is_contiguous=is_contiguous,
+        has_pointwise_user=has_pointwise_user,
+        reduction=reduction,
+        scatter=scatter,
+        view=lambda x, size: lowerings[torch.ops.aten.view.default](x, list(size)),
         amax=lambda x, dims: lowerings[torch.ops.aten.amax.default](x, dims),
         sum=lambda x, dims: lowerings[torch.ops.aten.sum.dim_IntList](x, dims),
+        floordiv=lambda a, b: floordiv(sympy.sympify(a), sympy.sympify(b)),
+        modular=lambda a, divisor, modulus: modular(sympy.sympify(a), divisor, modulus),
+        to_dtype=_find("torch._inductor.lowering", "to_dtype"),
         ceildiv=lambda a, b: floordiv(sympy.sympify(a) + (b - 1), sympy.Integer(b)),
         product=product,
         unflatten=unflatten,
