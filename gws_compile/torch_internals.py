@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import SimpleNamespace
@@ -158,6 +159,11 @@ def inside_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
+def inside_jit_trace() -> bool:
+    """Whether ``torch.jit.trace`` is running."""
+    return bool(torch._C._is_tracing())
+
+
 def shard_range(value: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """What this rank holds of a DTensor: (local shape, offset in the whole tensor); None for a plain tensor.
 
@@ -245,6 +251,43 @@ def named_compile(name: str, gm: fx.GraphModule, example_inputs: Sequence[Any]) 
     """Compile with one of Dynamo's own backends, by name."""
     compiled: Callable[..., Any] = _find("torch._dynamo", "lookup_backend")(name)(gm, list(example_inputs))
     return compiled
+
+
+def default_backend() -> Any:
+    """What ``torch.compile`` takes when it is given no backend; older versions have no `get_default_backend`."""
+    get = getattr(torch.compiler, "get_default_backend", None)
+    return "inductor" if get is None else get()
+
+
+def compile_in_place(module: torch.nn.Module, compile: Callable[..., Any], **arguments: Any) -> None:
+    """``module.compile(...)``, also for torch's own containers, whose frame Dynamo skips.
+
+    Relies on ``_compiled_call_impl``, which Module.compile sets, and on ``trace_rules.check``, by which
+    ``torch.compile(module)`` tells such modules.
+    """
+    if module._compiled_call_impl is not None:
+        return
+    forward: Callable[..., Any] = module._call_impl
+    if _find("torch._dynamo.trace_rules", "check")(module.forward):
+        this = weakref.ref(module)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            called = this()
+            assert called is not None
+            return called._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    module._compiled_call_impl = compile(forward, **arguments)
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether a module was made by ``torch.compile(module)``, or had ``Module.compile`` called on it."""
+    optimized = _find("torch._dynamo.eval_frame", "OptimizedModule")
+    return isinstance(module, optimized) or module._compiled_call_impl is not None
+
+
+def skip_frame_of(function: Callable[..., Any]) -> None:
+    """Have Dynamo leave out the function's own frame and go on in what it calls. Relies on ``skip_code``."""
+    _find("torch._dynamo.eval_frame", "skip_code")(function.__code__)
 
 
 # --- Inductor's lowering ---------------------------------------------------------------------------------------------
