@@ -70,6 +70,8 @@ class AutoCompile:
             return False
         if torch_internals.inside_backward() or torch_internals.inside_jit_trace():
             return False  # a checkpoint runs a part of a model again; what is traced is no training
+        if isinstance(module, torch.jit.ScriptModule):
+            return False  # no Python code to trace
         if not any(p.requires_grad and p.ndim >= 2 for p in module.parameters()):
             return False  # not remembered: a frozen model may be trained later on
         if any(self._redirect.compiled_by_script(part) for part in module.modules()):

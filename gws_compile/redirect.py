@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -183,9 +184,13 @@ def _module(frame: FrameType) -> str:
 
 def _short(filename: str) -> str:
     """A file as a reader knows it: from the working directory, or from the folder of installed packages."""
-    relative = os.path.relpath(filename) if Path(filename).is_absolute() else filename
-    inside = filename.partition(f"site-packages{os.sep}")[2]
-    return inside or (filename if relative.startswith(os.pardir) else relative)
+    if inside := filename.partition(f"site-packages{os.sep}")[2]:
+        return inside
+    path = Path(filename)
+    with contextlib.suppress(OSError):  # the working directory may be gone
+        if path.is_relative_to(Path.cwd()):
+            return str(path.relative_to(Path.cwd()))
+    return filename
 
 
 def describe(target: object) -> str:

@@ -35,7 +35,7 @@ class RunReport:
 
     def finish(self) -> None:
         """Print or write the report, in the process that was started, on rank 0."""
-        if os.getpid() == self._process and os.environ.get("RANK", "0") == "0":
+        if os.getpid() == self._process and self._rank() in (None, 0):
             self._tell(self._file)
 
     def finish_spawned(self) -> None:
@@ -43,9 +43,15 @@ class RunReport:
 
         Its file lies beside that of the process that was started.
         """
-        if self._calls.seen and self._calls.rank in (None, 0):
+        if self._calls.seen and self._rank() in (None, 0):
             file = self._file
             self._tell(file and file.with_name(f"{file.stem}.{os.getpid()}{file.suffix}"))
+
+    def _rank(self) -> int | None:
+        if self._calls.rank is not None:
+            return self._calls.rank
+        rank = os.environ.get("RANK", "")  # a launcher's
+        return int(rank) if rank.isdecimal() else None
 
     def _tell(self, file: Path | None) -> None:
         reports = [backend.report() for backend in (*named_backends(), *self._calls.own)]

@@ -185,6 +185,41 @@ def test_a_checkpoint_called_by_the_script(auto):
         torch.testing.assert_close(grad, parameter.grad, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_lazy_and_scripted_modules(auto):
+    """A lazy module is compiled when its weights are there; TorchScript, traced or scripted, is left as it is."""
+    x = torch.randn(4, 40)
+    lazy = nn.Sequential(nn.LazyLinear(8), nn.LazyLinear(4))
+    lazy(x)
+    lazy(x)
+    assert compiled_names(auto) == ["Sequential"]
+    torch.jit.trace(Net(), x)(x)
+    torch.jit.script(Net())(x)
+    assert compiled_names(auto) == ["Sequential"]
+
+
+def test_under_fsdp2(auto, tmp_path):
+    """Sharded per block and whole; the root is the outermost module, and the names are those of the model."""
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        model = nn.Sequential(Net(), Net())
+        oracle = copy.deepcopy(model)
+        for part in (*model, model):
+            fully_shard(part, mesh=mesh)
+        batches = [[torch.randn(8, 40)] for _ in range(3)]
+        losses = train(model, model, batches)
+        assert compiled_names(auto) == ["FSDPSequential"]
+    finally:
+        dist.destroy_process_group()
+    nn.Module.__call__ = nn.Module._wrapped_call_impl
+    names = [f"{i}.{name}" for i in range(2) for name in SAMPLED]
+    expected = eager.train(oracle, batches, loss_of, names, FMT)
+    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=0)
+
+
 def test_an_error_in_forward_leaves_nothing_behind(auto):
     installed = nn.Module.__call__
     with pytest.raises(RuntimeError):

@@ -96,21 +96,28 @@ def test_the_program_is_main(folder, how):
 
 
 def test_traceback_and_ctrl_c(folder):
-    """An error is printed as Python prints it, chained ones too, without a frame of ours; Ctrl-C ends by the signal."""
+    """Errors come out as Python prints them, chained ones too, without a frame of ours, and so to a hook of the script;
+
+    Ctrl-C ends the process by the signal.
+    """
     path = write(
         folder,
         "bad.py",
         """
-        import sys
+        import sys, traceback
+        def hook(kind, error, tb):
+            print("mine", kind, error.__traceback__ is tb, *traceback.format_exception(error), file=sys.stderr)
         def f(how):
             try:
                 {}["x"]
             except KeyError as error:
                 raise (KeyboardInterrupt if how == "ctrl-c" else ValueError)("bad") from error
+        if sys.argv[1] == "hook":
+            sys.excepthook = hook
         f(sys.argv[1])
         """,
     )
-    for how, code in (("error", 1), ("ctrl-c", -signal.SIGINT)):
+    for how, code in (("hook", 1), ("ctrl-c", -signal.SIGINT)):
         plain = start([sys.executable, path, how], folder)
         ours = start([*GWS, path, how], folder)
         assert ours.returncode == plain.returncode == code

@@ -1,5 +1,7 @@
 """Settings as text: the environment, a TOML file, and which of them counts."""
 
+from pathlib import Path
+
 import pytest
 
 import gws_compile
@@ -119,6 +121,14 @@ def test_code_beats_environment_beats_file(tmp_path, monkeypatch):
 def test_every_setting_is_described():
     assert tuple(descriptions()) == NAMES
     assert all(len(text) > 20 and "\n" not in text for text in descriptions().values())
+
+
+def test_the_file_in_the_readme(tmp_path):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    path = tmp_path / "gws.toml"
+    path.write_text(readme.split("```toml\n")[1].split("```")[0])
+    config = Config.make(**from_file(path))
+    assert (config.fmt.name, config.learned) == ("bf16", LearnedBits(average=5.0))
 
 
 def test_nearest():
