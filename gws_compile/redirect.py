@@ -133,7 +133,8 @@ class Redirect:
         backend = kwargs.get("backend")
         if backend is None:
             backend = torch_internals.default_backend()
-        default = backend == "inductor" and not kwargs.get("disable")
+        ahead = bool((kwargs.get("options") or {}).get("use_aoti"))  # another compiler of the same name
+        default = backend == "inductor" and not ahead and not kwargs.get("disable")
         if default:
             kwargs = {**kwargs, "backend": self._backend}
         if model is None:
@@ -153,6 +154,8 @@ class Redirect:
             self._calls.add(Call(where, target, taken=True, reason="a gws backend of the script's own"))
         else:
             named = f"backend={backend!r}" if isinstance(backend, str) else f"backend={describe(backend)}"
+            if ahead:
+                named = "options={'use_aoti': True}"
             self._calls.add(Call(where, target, taken=False, reason=named))
             warnings.warn(
                 f"torch.compile of {target} at {where} is left alone: the script names {named}",

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from .compiler import Backend
 from .entry_point import named_backends
 from .redirect import Call, Calls
 from .report import Report
@@ -32,20 +33,32 @@ class RunReport:
         self._auto = auto
         self._file = None if file is None else Path(file)
         self._process = os.getpid()
+        self._graphs = 0
 
     def finish(self) -> None:
         """Print or write the report, in the process that was started, on rank 0."""
         if os.getpid() == self._process and self._rank() in (None, 0):
             self._tell(self._file)
 
-    def finish_spawned(self) -> None:
-        """The same in a process that the script has spawned, if it has compiled anything (of ranks, the first).
+    def begin_process(self) -> None:
+        """Tell, in a process that has been forked, only of what comes from here on."""
+        self._calls.seen.clear()
+        self._graphs = self._count_graphs()
+
+    def finish_process(self) -> None:
+        """The same in a process of multiprocessing, if it has compiled anything (of ranks, the first).
 
         Its file lies beside that of the process that was started.
         """
-        if self._calls.seen and self._rank() in (None, 0):
+        if (self._calls.seen or self._count_graphs() > self._graphs) and self._rank() in (None, 0):
             file = self._file
             self._tell(file and file.with_name(f"{file.stem}.{os.getpid()}{file.suffix}"))
+
+    def _backends(self) -> tuple[Backend, ...]:
+        return (*named_backends(), *self._calls.own)
+
+    def _count_graphs(self) -> int:
+        return sum(len(backend.graphs) for backend in self._backends())
 
     def _rank(self) -> int | None:
         if self._calls.rank is not None:
@@ -54,7 +67,7 @@ class RunReport:
         return int(rank) if rank.isdecimal() else None
 
     def _tell(self, file: Path | None) -> None:
-        reports = [backend.report() for backend in (*named_backends(), *self._calls.own)]
+        reports = [backend.report() for backend in self._backends()]
         report = Report([record for one in reports for record in one], next((r.bits for r in reports if r.bits), None))
         header = f"gws run: {self.header()}"
         if not report.rewritten:

@@ -63,6 +63,7 @@ class Session:
             return {"gws_compile": message, **preparation(name)}
 
         multiprocessing.spawn.get_preparation_data = get_preparation_data
+        multiprocessing.util.register_after_fork(self.report, _report_of_process)
 
     def stop(self) -> None:
         """Put torch's functions back; what has been compiled stays so."""
@@ -85,5 +86,10 @@ class _InSpawnedProcess:
 def _start_in_spawned_process(options: Options) -> None:
     session = Session(options)
     session.start()
-    # Processes of multiprocessing end without atexit.
-    multiprocessing.util.Finalize(None, session.report.finish_spawned, exitpriority=0)
+    _report_of_process(session.report)
+
+
+def _report_of_process(report: RunReport) -> None:
+    """Have a process that multiprocessing has started or forked tell of itself: it ends without atexit."""
+    report.begin_process()
+    multiprocessing.util.Finalize(None, report.finish_process, exitpriority=0)

@@ -254,7 +254,7 @@ def named_compile(name: str, gm: fx.GraphModule, example_inputs: Sequence[Any]) 
 
 
 def default_backend() -> Any:
-    """What ``torch.compile`` takes when it is given no backend; older versions have no `get_default_backend`."""
+    """What ``torch.compile`` takes when it is given no backend; 2.11 has no other than "inductor"."""
     get = getattr(torch.compiler, "get_default_backend", None)
     return "inductor" if get is None else get()
 

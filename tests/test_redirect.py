@@ -145,14 +145,21 @@ def test_other_backends_are_left_alone_and_said(asked):
         torch.compile(Net(), backend="cudagraphs")
     with pytest.warns(gws_compile.GwsWarning, match="the script names backend=double"):
         torch.compile(Net(), backend=double)
+    with pytest.warns(gws_compile.GwsWarning, match="the script names options={'use_aoti': True}"):
+        torch.compile(Net(), options={"use_aoti": True})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         torch.compile(Net(), backend="gws")
         torch.compile(Net(), backend=own)
         torch.compile(Net(), disable=True)
-    assert [kwargs.get("backend") for _, kwargs in seen] == ["cudagraphs", double, "gws", own, None]
+    assert [kwargs.get("backend") for _, kwargs in seen] == ["cudagraphs", double, None, "gws", own, None]
     calls = redirect._calls
-    assert [call.reason for call in calls.left] == ["backend='cudagraphs'", "backend=double", "disable=True"]
+    assert [call.reason for call in calls.left] == [
+        "backend='cudagraphs'",
+        "backend=double",
+        "options={'use_aoti': True}",
+        "disable=True",
+    ]
     assert [call.reason for call in calls.taken] == [
         "backend='gws' in the script",
         "a gws backend of the script's own",
