@@ -97,7 +97,7 @@ class Redirect:
         self._backend = backend
         self._calls = calls
         self._original: Callable[..., Any] = torch.compile
-        self._script: WeakIdKeyDictionary = WeakIdKeyDictionary()  # modules given to torch.compile
+        self._script: WeakIdKeyDictionary = WeakIdKeyDictionary()  # modules that the script has given to torch.compile
         self._here: WeakIdKeyDictionary = WeakIdKeyDictionary()  # modules given to `compile`
 
     def install(self) -> None:
@@ -140,7 +140,7 @@ class Redirect:
         if model is None:
             return kwargs  # a decorator with arguments: the call with the function is still to come
         target = describe(model)
-        if isinstance(model, nn.Module):
+        if isinstance(model, nn.Module) and not kwargs.get("disable"):
             self._script[model] = True
         if kwargs.get("disable"):
             self._calls.add(Call(where, target, taken=False, reason="disable=True"))

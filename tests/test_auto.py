@@ -139,6 +139,11 @@ def test_what_the_script_compiles_is_not_compiled_twice(auto):
     assert part._compiled_call_impl is None
 
 
+def test_compilation_that_the_script_has_switched_off(auto):
+    torch.compile(Net(), disable=True)(torch.randn(4, 40))
+    assert compiled_names(auto) == ["Net"]
+
+
 def test_a_compiled_function_that_calls_a_model(auto):
     model = Net()
 
