@@ -33,6 +33,7 @@ from offline_gpu import Call, Outcome, compile_kernels, kernel_sources, run_call
 from tabulate import tabulate
 from torch.nn import functional as F
 
+import gws_compile.lowering  # noqa: F401  registers the lowerings
 from gws_compile.formats import FloatFormat
 from gws_compile.learned import LearnedBits, WidthRule
 from gws_compile.sampling import OPERATOR_VERSION

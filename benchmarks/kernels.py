@@ -31,6 +31,7 @@ import torch
 from tabulate import tabulate
 from timing import Rotation, environment, interleaved, ratio
 
+import gws_compile.lowering  # noqa: F401  registers the lowerings
 from gws_compile.formats import FORMATS, FloatFormat
 from gws_compile.noise import NOISES
 from gws_compile.sampling import OPERATOR_VERSION

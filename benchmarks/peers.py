@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-Step = Callable[[], None]
 BLOCK = 32
 BITS = 5.0
 
@@ -36,14 +35,19 @@ def linears(model: nn.Module) -> list[nn.Linear]:
     return [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in name]
 
 
-def by_parametrization(model: nn.Module) -> None:
+def _train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+
+
+def by_parametrization(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """`torch.nn.utils.parametrize` with `BlockNoise` on each linear layer."""
     for layer in linears(model):
         parametrize.register_parametrization(layer, "weight", BlockNoise())
+    _train(model, optimizer)
 
 
-def by_torchao(model: nn.Module) -> None:
-    """torchao's quantization-aware training: linear layers with a float8 fake-quantized weight.
+def by_torchao(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Quantization-aware training of torchao: linear layers with a float8 fake-quantized weight.
 
     Raises:
         Missing: no torchao.
@@ -55,9 +59,10 @@ def by_torchao(model: nn.Module) -> None:
         raise Missing("pip install torchao") from error
     config = QATConfig(weight_config=Float8FakeQuantizeConfig(), step="prepare")
     quantize_(model, config, filter_fn=lambda module, name: isinstance(module, nn.Linear) and "lm_head" not in name)
+    _train(model, optimizer)
 
 
-def by_diffq(model: nn.Module) -> None:
+def by_diffq(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """DiffQ's hooks, which add noise to the parameters before each forward.
 
     Raises:
@@ -67,10 +72,11 @@ def by_diffq(model: nn.Module) -> None:
         import diffq
     except ImportError as error:
         raise Missing("pip install diffq (its licence is non-commercial)") from error
-    diffq.DiffQuantizer(model, group_size=8, min_size=0.0, exclude=["lm_head", "embed_tokens"])
+    quantizer = diffq.DiffQuantizer(model, group_size=8, min_size=0.0, exclude=["lm_head", "embed_tokens"])
+    quantizer.setup_optimizer(optimizer)
 
 
-PEERS: dict[str, Callable[[nn.Module], None]] = {
+PEERS: dict[str, Callable[[nn.Module, torch.optim.Optimizer], None]] = {
     "parametrize": by_parametrization,
     "torchao": by_torchao,
     "diffq": by_diffq,

@@ -115,18 +115,16 @@ class Training:
         torch.manual_seed(0)
         self.model = build_model(size).to(device, torch.bfloat16 if precision == "bf16" else torch.float32)
         backend: Any = "inductor"
-        parameters = list(self.model.parameters())
         tokens = torch.randint(0, size.vocabulary, (size.batch, size.seq), device=device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         if variant in peers.PEERS:
-            peers.PEERS[variant](self.model)
-            parameters = list(self.model.parameters())
+            peers.PEERS[variant](self.model, self.optimizer)
         elif variant in OWN:
             backend = gws_compile.backend(**{"fmt": fmt, **OWN[variant]})
         self._compiled = torch.compile(self.model, backend=backend)
         if variant == "learned":
             backend.prepare(self.model, input_ids=tokens, labels=tokens)
-            parameters += list(backend.parameters())
-        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+            self.optimizer.add_param_group({"params": list(backend.parameters())})
         self._tokens = tokens
         self._autocast = (torch.device(device).type, torch.bfloat16)
         self._enabled = precision == "autocast"
