@@ -1,0 +1,78 @@
+"""Real model code: what benchmarks/model_coverage.py checks of each model, and what docs/coverage.md says."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import model_coverage as coverage
+from model_catalogue import ENTRIES
+
+PAGE = coverage.PAGE.read_text()
+
+
+def entries(*names):
+    chosen = [e for e in ENTRIES if e.name in names or not names]
+    assert {e.name for e in chosen} >= set(names)
+    return [pytest.param(e, id=e.name, marks=() if e.default or names else pytest.mark.slow) for e in chosen]
+
+
+@pytest.mark.parametrize("entry", entries())
+def test_model(entry):
+    """All weights are listed; the surgery changes no bit; a step is one at the sampled weights; the page agrees."""
+    assert coverage.table([coverage.check(entry)]).splitlines()[-1] in PAGE.splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "entry",
+    entries(
+        "Llama", "Qwen3Moe", "Mamba", "Bert", "T5", "ViT", "ConvNext", "Wav2Vec2", "CLIP", "Transformer layers",
+        "U-Net", "LSTM, allow_rnn", "Llama with LoRA", "functional_call, vmap, grad",
+    ),
+)  # fmt: skip
+def test_the_surgery_alone_is_plain_inductor(entry):
+    coverage.check_surgery(entry, "inductor")
+
+
+def test_the_page_lists_the_catalogue():
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in PAGE.splitlines() if line.startswith("| ")]
+    listed = [name for name in rows if name not in ("model", "---") and name in {e.name for e in ENTRIES}]
+    assert sorted(listed) == sorted(e.name for e in ENTRIES)
+    assert "`python benchmarks/model_coverage.py`" in PAGE.split("## ")[0]
+    assert coverage.operations_table() in PAGE
+
+
+def test_the_catalogue_is_wide():
+    families = {}
+    for entry in ENTRIES:
+        families.setdefault(entry.family, []).append(entry.name)
+    hugging_face = {"decoder", "encoder", "encoder-decoder", "mixture of experts", "state space", "vision", "audio"}
+    hugging_face.add("multimodal")
+    assert hugging_face <= families.keys()
+    assert sum(len(families[family]) for family in hugging_face) >= 30
+
+
+class Forgotten(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+def test_the_check_sees_a_weight_that_the_report_leaves_out(monkeypatch):
+    from model_catalogue import Entry
+
+    entry = Entry("forgotten", "plain torch", Forgotten, lambda: {"x": torch.ones(2, 8)})
+    found, _ = coverage.explain(entry)
+    assert (found.weights, found.rewritten) == (1, 1)
+    monkeypatch.setattr(coverage.gws_compile, "explain", lambda *args, **kwargs: coverage.gws_compile.Report([]))
+    with pytest.raises(AssertionError, match=r"forgotten: not in the report: \['fc.weight'\]"):
+        coverage.explain(entry)
