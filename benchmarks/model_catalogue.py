@@ -26,7 +26,8 @@ class Entry:
         build: makes the model, in training mode.
         inputs: makes the keyword arguments of its call.
         default: whether the default tests run it; the slow ones run all.
-        recurrent: whether it needs ``torch._dynamo.config.allow_rnn``.
+        recurrent: whether it runs under ``torch._dynamo.config.allow_rnn``.
+        untraced: whether it is there to show what is said of weights that Dynamo does not get to see.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Entry:
     inputs: Callable[[], dict[str, Any]]
     default: bool = False
     recurrent: bool = False
+    untraced: bool = False
 
 
 def _config(name: str, settings: dict[str, Any]) -> Any:
@@ -348,6 +350,7 @@ def _recurrent(name: str, kind: type[nn.RNNBase], *, traced: bool, default: bool
         lambda: {"tokens": torch.arange(12).view(2, 6)},
         default,
         recurrent=traced,
+        untraced=not traced,
     )
 
 
@@ -469,5 +472,5 @@ ENTRIES: tuple[Entry, ...] = (
     _plain("fused projections", "plain torch", FusedProjections, 2, 6, 32, default=True),
     _plain("computed weights", "plain torch", Parametrized, 2, 6, 16, default=True),
     _plain("functional_call, vmap, grad", "plain torch", Functional, 4, 16, default=True),
-    _plain("graph break in a loop", "plain torch", BreaksInALoop, 4, 16, default=True),
+    _plain("graph break in a loop", "plain torch", BreaksInALoop, 4, 16, default=True, untraced=True),
 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,15 +17,7 @@ from .config import Config
 from .names import clean
 from .passes import weights_of
 from .report import Report, WeightRecord
-
-_NOT_TRACED = (
-    "no traced graph has it: not used in this call, or read by code that runs eagerly behind a graph break "
-    "(TORCH_LOGS=graph_breaks shows where)"
-)
-_RECURRENT = (
-    "no traced graph has it: torch does not trace {0} unless torch._dynamo.config.allow_rnn is set, and then it is "
-    "rewritten"
-)
+from .unseen import unseen_weights
 
 
 class Tracer(Backend):
@@ -68,30 +60,7 @@ def explained(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         names[id(parameter)] = clean(name)
     records = [replace(record, name=names.get(id(weight), record.name)) for weight, record in tracer.met]
     met = {id(weight) for weight, _ in tracer.met}
-    return Report([*records, *(record for id_, record in _weights(root) if id_ not in met)])
-
-
-def _weights(root: nn.Module) -> Iterator[tuple[int, WeightRecord]]:
-    """A model's weights, as they are reported where no graph has them: with the id of the Parameter."""
-    for name, parameter in root.named_parameters():
-        if parameter.ndim < 2 or not parameter.is_floating_point():
-            continue
-        owner = root.get_submodule(name.rpartition(".")[0])
-        yield (
-            id(parameter),
-            WeightRecord(
-                name=clean(name),
-                shape=tuple(parameter.shape),
-                dtype=str(parameter.dtype).removeprefix("torch."),
-                op="",
-                rewritten=False,
-                reason=_RECURRENT.format(type(owner).__name__) if isinstance(owner, nn.RNNBase) else _NOT_TRACED,
-                fmt="",
-                bits=None,
-                noise="",
-                location="",
-            ),
-        )
+    return Report([*records, *unseen_weights(root, lambda _, weight: id(weight) in met)])
 
 
 def trainable_weights(

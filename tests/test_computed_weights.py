@@ -199,3 +199,22 @@ def test_inside_a_higher_order_operator():
     assert found["fc.weight"] == "linear"
     assert found["weight"].startswith("inside cond at ")
     assert found["weight"].endswith("a higher-order operator whose body is not rewritten")
+
+
+def test_a_weight_that_an_unknown_operation_uses_too():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x):
+            return multiply(x @ self.weight, self.weight)
+
+    with torch.no_grad(), pytest.warns(gws_compile.GwsWarning) as caught:
+        found = said(Twice(), X)
+    assert found == {"weight": "matmul"}
+    line = Twice.forward.__code__.co_firstlineno + 1
+    assert [str(w.message) for w in caught] == [
+        f"weight is sampled for matmul, but multiply at {__file__}:{line} uses the weight itself: gws_compile does not "
+        "know this operation, or does not look into it"
+    ]

@@ -1,6 +1,7 @@
 """Real model code: what benchmarks/model_coverage.py checks of each model, and what docs/coverage.md says."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ pytest.importorskip("peft")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import model_coverage as coverage
-from model_catalogue import ENTRIES
+from model_catalogue import ENTRIES, Entry
 
 PAGE = coverage.PAGE.read_text()
 
@@ -55,10 +56,12 @@ def test_the_catalogue_is_wide():
     hugging_face = {"decoder", "encoder", "encoder-decoder", "mixture of experts", "state space", "vision", "audio"}
     hugging_face.add("multimodal")
     assert hugging_face <= families.keys()
-    assert sum(len(families[family]) for family in hugging_face) >= 30
+    count = sum(len(families[family]) for family in hugging_face)
+    assert count >= 30
+    assert f"in {count} Hugging Face architectures" in (coverage.PAGE.parents[1] / "README.md").read_text()
 
 
-class Forgotten(torch.nn.Module):
+class OneLayer(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.fc = torch.nn.Linear(8, 8)
@@ -67,12 +70,32 @@ class Forgotten(torch.nn.Module):
         return self.fc(x)
 
 
-def test_the_check_sees_a_weight_that_the_report_leaves_out(monkeypatch):
-    from model_catalogue import Entry
-
-    entry = Entry("forgotten", "plain torch", Forgotten, lambda: {"x": torch.ones(2, 8)})
-    found, _ = coverage.explain(entry)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda record: None, r"one: listed and owned weights differ in \['fc.weight'\]"),
+        (lambda record: replace(record, rewritten=False, reason=""), "one: fc.weight is left alone: "),
+        (
+            lambda record: replace(record, rewritten=False, reason="used by f"),
+            "one: fc.weight is left alone: used by f",
+        ),
+    ],
+    ids=["forgotten", "without a reason", "unknown"],
+)
+def test_the_check_fails_where_coverage_falls_short(monkeypatch, change, message):
+    entry = Entry("one", "plain torch", OneLayer, lambda: {"x": torch.ones(2, 8)})
+    found, report = coverage.explain(entry)
     assert (found.weights, found.rewritten) == (1, 1)
-    monkeypatch.setattr(coverage.gws_compile, "explain", lambda *args, **kwargs: coverage.gws_compile.Report([]))
-    with pytest.raises(AssertionError, match=r"forgotten: not in the report: \['fc.weight'\]"):
+    short = coverage.gws_compile.Report(record for record in map(change, report) if record)
+    monkeypatch.setattr(coverage.gws_compile, "explain", lambda *args, **kwargs: short)
+    with pytest.raises(AssertionError, match=message):
         coverage.explain(entry)
+
+
+def test_the_check_sees_a_step_that_is_not_at_the_samples(monkeypatch):
+    entry = Entry("one", "plain torch", OneLayer, lambda: {"x": torch.ones(2, 8)})
+    _, report = coverage.explain(entry)
+    coverage.check_samples(entry, report)
+    monkeypatch.setattr(coverage, "sampled", lambda value, record: value)
+    with pytest.raises(AssertionError, match="one: "):
+        coverage.check_samples(entry, report)

@@ -1,4 +1,4 @@
-"""`gws_compile.explain` lists every weight of a module, those that no graph has too."""
+"""`explain` and the backend's report list every weight of a module, those that no graph has too."""
 
 import pytest
 import torch
@@ -12,13 +12,16 @@ def _fresh():
     torch._dynamo.reset()
 
 
+EXCLUDED = "matches the exclude pattern 'gate.weight'"
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.fc = nn.Linear(8, 8)
+        self.fc, self.gate = nn.Linear(8, 8), nn.Linear(8, 8)
 
     def forward(self, x):
-        return self.fc(x)
+        return self.fc(x) * self.gate(x)
 
 
 class Broken(nn.Module):
@@ -45,11 +48,13 @@ def test_behind_a_graph_break():
     report = gws_compile.explain(Broken(), torch.randn(2, 8))
     assert texts(report) == {
         "blocks.0.fc.weight": "linear",
+        "blocks.0.gate.weight": EXCLUDED,
         "blocks.1.fc.weight": "linear",
+        "blocks.1.gate.weight": EXCLUDED,
         "bare": "no traced graph has it",
         "unused.weight": "no traced graph has it",
     }
-    assert all("TORCH_LOGS=graph_breaks" in r.reason for r in report.skipped)
+    assert [r.name for r in report if "TORCH_LOGS=graph_breaks" in r.reason] == ["bare", "unused.weight"]
 
 
 def test_names_are_those_of_the_unwrapped_model():
@@ -76,6 +81,10 @@ def test_recurrent_layers_say_how_to_have_them_traced(kind):
     torch._dynamo.reset()
     with torch._dynamo.config.patch(allow_rnn=True):
         assert len(gws_compile.explain(Model(), torch.randn(2, 8)).rewritten) == 2
+        torch._dynamo.reset()
+        model = Model()
+        model.rnn = torch.compiler.disable(model.rnn)  # behind a break all the same
+        assert "eagerly behind a graph break" in gws_compile.explain(model, torch.randn(2, 8)).skipped[0].reason
 
 
 def test_a_tied_weight_is_listed_once():
@@ -95,4 +104,21 @@ def test_a_tied_weight_is_listed_once():
 
 def test_a_function_has_no_weights_but_those_of_its_graphs():
     block = Block()
-    assert texts(gws_compile.explain(lambda x: block(x), torch.randn(2, 8))) == {"fc.weight": "linear"}
+    assert texts(gws_compile.explain(lambda x: block(x), torch.randn(2, 8))) == {
+        "fc.weight": "linear",
+        "gate.weight": EXCLUDED,
+    }
+
+
+def test_the_report_of_a_training_run():
+    model = Broken()
+    backend = gws_compile.backend(inner="eager")
+    compiled = torch.compile(model, backend=backend)
+    compiled(torch.randn(2, 8)).sum().backward()
+    # One graph serves both blocks, so there is one record for their weights, sampled or not.
+    assert texts(backend.report()) == {
+        "fc.weight": "linear",
+        "gate.weight": EXCLUDED,
+        "bare": "no traced graph has it",
+        "unused.weight": "no traced graph has it",
+    }
