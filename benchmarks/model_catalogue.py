@@ -25,7 +25,6 @@ class Entry:
         family: what kind of model it is.
         build: makes the model, in training mode.
         inputs: makes the keyword arguments of its call.
-        default: whether the default tests run it; the slow ones run all.
         recurrent: whether it runs under ``torch._dynamo.config.allow_rnn``.
         untraced: whether it is there to show what is said of weights that Dynamo does not get to see.
     """
@@ -34,7 +33,6 @@ class Entry:
     family: str
     build: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, Any]]
-    default: bool = False
     recurrent: bool = False
     untraced: bool = False
 
@@ -77,24 +75,22 @@ def _both_sides() -> dict[str, Any]:
     return {**_tokens(), "decoder_input_ids": 3 + torch.arange(12).view(2, 6) % 90}
 
 
-def _decoder(name: str, *, family: str = "decoder", default: bool = False, **settings: Any) -> Entry:
+def _decoder(name: str, *, family: str = "decoder", **settings: Any) -> Entry:
     settings = {**TEXT, **SIZE, "use_cache": False, **settings}
-    return Entry(name, family, _hugging_face(name, f"{name}ForCausalLM", settings), _tokens, default)
+    return Entry(name, family, _hugging_face(name, f"{name}ForCausalLM", settings), _tokens)
 
 
-def _encoder(name: str, *, head: str = "ForMaskedLM", default: bool = False, **settings: Any) -> Entry:
-    return Entry(name, "encoder", _hugging_face(name, f"{name}{head}", {**TEXT, **SIZE, **settings}), _tokens, default)
+def _encoder(name: str, *, head: str = "ForMaskedLM", **settings: Any) -> Entry:
+    return Entry(name, "encoder", _hugging_face(name, f"{name}{head}", {**TEXT, **SIZE, **settings}), _tokens)
 
 
-def _encoder_decoder(name: str, *, default: bool = False, **settings: Any) -> Entry:
+def _encoder_decoder(name: str, **settings: Any) -> Entry:
     build = _hugging_face(name, f"{name}ForConditionalGeneration", {**TEXT, "use_cache": False, **settings})
-    return Entry(name, "encoder-decoder", build, _both_sides, default)
+    return Entry(name, "encoder-decoder", build, _both_sides)
 
 
-def _vision(
-    name: str, *, head: str = "ForImageClassification", size: int = 32, default: bool = False, **settings: Any
-) -> Entry:
-    return Entry(name, "vision", _hugging_face(name, f"{name}{head}", settings), lambda: _pixels(size), default)
+def _vision(name: str, *, head: str = "ForImageClassification", size: int = 32, **settings: Any) -> Entry:
+    return Entry(name, "vision", _hugging_face(name, f"{name}{head}", settings), lambda: _pixels(size))
 
 
 _BART = {
@@ -336,19 +332,16 @@ def _float_input(*shape: int, name: str = "x") -> Callable[[], dict[str, Any]]:
     return lambda: {name: torch.linspace(0, numel / 3, numel).sin().view(shape)}
 
 
-def _plain(
-    name: str, family: str, build: Callable[[], nn.Module], *shape: int, default: bool = False, **settings: Any
-) -> Entry:
-    return Entry(name, family, build, _float_input(*shape), default, **settings)
+def _plain(name: str, family: str, build: Callable[[], nn.Module], *shape: int, **settings: Any) -> Entry:
+    return Entry(name, family, build, _float_input(*shape), **settings)
 
 
-def _recurrent(name: str, kind: type[nn.RNNBase], *, traced: bool, default: bool = False) -> Entry:
+def _recurrent(name: str, kind: type[nn.RNNBase], *, traced: bool) -> Entry:
     return Entry(
         name,
         "recurrent",
         lambda: Recurrent(kind),
         lambda: {"tokens": torch.arange(12).view(2, 6)},
-        default,
         recurrent=traced,
         untraced=not traced,
     )
@@ -377,7 +370,7 @@ ENTRIES: tuple[Entry, ...] = (
     _decoder("Olmo2", num_key_value_heads=2),
     _decoder("Mixtral", family="mixture of experts", num_key_value_heads=2, num_local_experts=4),
     _decoder(
-        "Qwen3Moe", family="mixture of experts", default=True, num_experts=4, num_experts_per_tok=2,
+        "Qwen3Moe", family="mixture of experts", num_experts=4, num_experts_per_tok=2,
         moe_intermediate_size=24, **GROUPED,
     ),
     _decoder("GptOss", family="mixture of experts", num_local_experts=4, num_experts_per_tok=2, **GROUPED),
@@ -387,7 +380,7 @@ ENTRIES: tuple[Entry, ...] = (
         n_group=2, topk_group=1, num_experts_per_tok=2, first_k_dense_replace=1, moe_intermediate_size=24,
         q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
     ),
-    _decoder("Mamba", family="state space", state_size=4, default=True),
+    _decoder("Mamba", family="state space", state_size=4),
     _decoder(
         "Mamba2", family="state space", state_size=8, num_heads=8, head_dim=8, n_groups=2, chunk_size=4,
     ),
@@ -400,14 +393,14 @@ ENTRIES: tuple[Entry, ...] = (
         "RecurrentGemma", family="state space", num_key_value_heads=1, lru_width=32, num_hidden_layers=3,
         attention_window_size=8,
     ),
-    _encoder("Bert", default=True),
+    _encoder("Bert"),
     _encoder("Roberta"),
     _encoder("DistilBert", dim=32, n_layers=1, n_heads=4, hidden_dim=48),
     _encoder("Electra", embedding_size=16),
     _encoder("Albert", embedding_size=16, inner_group_num=1),
     _encoder("DebertaV2", relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=8),
     _encoder("ModernBert", cls_token_id=1, sep_token_id=2),
-    _encoder_decoder("T5", default=True, **_T5),
+    _encoder_decoder("T5", **_T5),
     _encoder_decoder("MT5", **_T5, feed_forward_proj="gated-gelu"),
     _encoder_decoder("Bart", **_BART),
     _encoder_decoder("Pegasus", **_BART),
@@ -415,7 +408,7 @@ ENTRIES: tuple[Entry, ...] = (
     _vision("ViT", **_PATCHES),
     _vision("DeiT", **_PATCHES),
     _vision("Dinov2", **_PATCHES, mlp_ratio=2),
-    _vision("ConvNext", depths=[1, 1], hidden_sizes=[16, 32], num_stages=2, default=True),
+    _vision("ConvNext", depths=[1, 1], hidden_sizes=[16, 32], num_stages=2),
     _vision(
         "Swin", image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=4,
     ),
@@ -436,7 +429,7 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         _whisper,
     ),
-    Entry("Wav2Vec2", "audio", _hugging_face("Wav2Vec2", "Wav2Vec2ForCTC", _WAVES), _waves, default=True),
+    Entry("Wav2Vec2", "audio", _hugging_face("Wav2Vec2", "Wav2Vec2ForCTC", _WAVES), _waves),
     Entry("Hubert", "audio", _hugging_face("Hubert", "HubertForCTC", _WAVES), _waves),
     Entry(
         "AST", "audio",
@@ -459,18 +452,18 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         lambda: {"inputs": _tokens()["input_ids"]},
     ),
-    _plain("convolutions, 2d", "plain torch", ConvNet, 2, 3, 16, 16, default=True),
+    _plain("convolutions, 2d", "plain torch", ConvNet, 2, 3, 16, 16),
     _plain("convolutions, 1d and 3d", "plain torch", Volumes, 2, 4, 17),
-    _plain("U-Net", "plain torch", UNet, 2, 3, 16, 16, default=True),
-    _plain("Transformer layers", "plain torch", Transformer, 2, 6, 32, default=True),
+    _plain("U-Net", "plain torch", UNet, 2, 3, 16, 16),
+    _plain("Transformer layers", "plain torch", Transformer, 2, 6, 32),
     _plain("recurrent cells", "recurrent", Cells, 2, 4, 8),
-    _recurrent("LSTM", nn.LSTM, traced=False, default=True),
-    _recurrent("LSTM, allow_rnn", nn.LSTM, traced=True, default=True),
+    _recurrent("LSTM", nn.LSTM, traced=False),
+    _recurrent("LSTM, allow_rnn", nn.LSTM, traced=True),
     _recurrent("GRU, allow_rnn", nn.GRU, traced=True),
     _recurrent("RNN, allow_rnn", nn.RNN, traced=True),
-    Entry("Llama with LoRA", "adapters", _lora, _tokens, default=True),
-    _plain("fused projections", "plain torch", FusedProjections, 2, 6, 32, default=True),
-    _plain("computed weights", "plain torch", Parametrized, 2, 6, 16, default=True),
-    _plain("functional_call, vmap, grad", "plain torch", Functional, 4, 16, default=True),
-    _plain("graph break in a loop", "plain torch", BreaksInALoop, 4, 16, default=True, untraced=True),
+    Entry("Llama with LoRA", "adapters", _lora, _tokens),
+    _plain("fused projections", "plain torch", FusedProjections, 2, 6, 32),
+    _plain("computed weights", "plain torch", Parametrized, 2, 6, 16),
+    _plain("functional_call, vmap, grad", "plain torch", Functional, 4, 16),
+    _plain("graph break in a loop", "plain torch", BreaksInALoop, 4, 16, untraced=True),
 )  # fmt: skip

@@ -59,6 +59,7 @@ class Coverage:
         skipped: the others, by reason.
         graphs: graphs that Dynamo traced.
         breaks: graph breaks.
+        eager: frames that Dynamo left to Python as a whole.
     """
 
     name: str
@@ -68,18 +69,13 @@ class Coverage:
     skipped: tuple[Skipped, ...]
     graphs: int
     breaks: int
+    eager: int
 
     def row(self) -> tuple[str, ...]:
         """The line in the page's table."""
         texts = (s.reason.replace("*", r"\*") + ": " + ", ".join(f"`{n}`" for n in s.names) for s in self.skipped)
-        return (
-            self.name,
-            str(self.weights),
-            str(self.rewritten),
-            "<br>".join(texts),
-            str(self.graphs),
-            str(self.breaks),
-        )
+        numbers = (str(self.graphs), str(self.breaks), str(self.eager))
+        return (self.name, str(self.weights), str(self.rewritten), "<br>".join(texts), *numbers)
 
 
 # Modules whose parameters of two or more dims multiply activations. What is left are embeddings, norms, and bare
@@ -174,8 +170,9 @@ def explain(entry: Any) -> tuple[Coverage, gws_compile.Report]:
         model = build(entry)
         torch._dynamo.utils.counters.clear()
         report = gws_compile.explain(model, **entry.inputs(), fmt=FORMAT)
-        breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
-        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        counters = torch._dynamo.utils.counters
+        graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+        eager = counters["frames"]["total"] - counters["frames"]["ok"]
     listed = {record.name for record in report}
     matrices = {name for name, p in model.named_parameters() if p.ndim >= 2}
     assert matrices == listed, f"{entry.name}: listed and owned weights differ in {sorted(matrices ^ listed)}"
@@ -191,7 +188,7 @@ def explain(entry: Any) -> tuple[Coverage, gws_compile.Report]:
     rewritten = {record.name for record in report.rewritten}
     both = rewritten & {record.name for record in report.skipped}
     assert not both, f"{entry.name}: rewritten in one graph and left alone in another: {sorted(both)}"
-    return Coverage(entry.name, entry.family, len(listed), len(rewritten), skipped, graphs, breaks), report
+    return Coverage(entry.name, entry.family, len(listed), len(rewritten), skipped, graphs, breaks, eager), report
 
 
 def _short_reason(reason: str) -> str:
@@ -284,7 +281,7 @@ def check(entry: Any) -> Coverage:
 
 # --- The page --------------------------------------------------------------------------------------------------------
 
-HEADERS = ("model", "weights", "rewritten", "left alone, and why", "graphs", "breaks")
+HEADERS = ("model", "weights", "rewritten", "left alone, and why", "graphs", "graph breaks", "eager frames")
 
 TOP = """# Coverage of real model code
 
@@ -294,16 +291,17 @@ Written by `python benchmarks/model_coverage.py` (`pip install '.[dev,examples]'
 
 Of each model this was checked:
 
-- every parameter of two or more dims is in the report of `gws_compile.explain`, as rewritten or with a reason; the
-  weights of its linear layers, convolutions, recurrent layers, attention and experts are enumerated by the modules, not
-  by the pass;
+- every parameter of two or more dims is in the report of `gws_compile.explain`, as rewritten or with a reason; for the
+  weights of its linear layers, convolutions, recurrent layers, attention and experts, which are enumerated by the
+  modules and not by the pass, the only reasons are names that are excluded, tied tables and computed weights;
 - evaluation under `no_grad` casts what training samples;
 - with `fmt="e8m23", noise="none"`, which changes no value, outputs and gradients are those of plain `torch.compile`
   with the same inner compiler (`aot_eager`; for some models Inductor too), bit for bit;
 - a training step with noise has the outputs and gradients of the plain model at the weights that `gws_compile.sample`
   gives.
 
-"Weights" counts the parameters of two or more dims, tied ones once; layers of one kind are named once (`*`).
+"Weights" counts the parameters of two or more dims, tied ones once; layers of one kind are named once (`*`). "Eager
+frames" are functions that Dynamo left to Python as a whole; with a graph break they run in parts.
 {rewritten} of {weights} weights in {models} models are rewritten, and {left} are left alone, each with its reason.
 """
 

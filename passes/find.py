@@ -117,7 +117,7 @@ class _Follower:
         kind: Literal["plain", "nested", "unknown"] = "unknown"
         if torch_internals.is_higher_order(node):
             kind = "nested"
-        elif name in operations.OTHERS or name in operations.READS:
+        elif name.removesuffix("_") in operations.OTHERS or name in operations.READS:
             kind = "plain"
         reader = reader_of(gm, node, self._constants, anywhere=name not in operations.READS)
         self._weight.other_uses.append(Use(name, _location(node), kind, reader))

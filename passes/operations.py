@@ -101,9 +101,10 @@ METADATA = frozenset(
     "_set_tensor_requires_grad _autograd_grad".split()
 )
 
-# Known to multiply by no weight: what else uses parameters of two or more dims in real models.
+# Known to multiply by no weight: what else uses parameters of two or more dims in real models. Their in-place forms
+# (``add_``) take the parameter as another operand than the one they write.
 OTHERS = frozenset(
-    "add sub mul truediv div rsub neg pow exp exp_ log sqrt rsqrt square abs sin cos sigmoid tanh relu gelu silu "
+    "add sub mul truediv div rsub neg pow exp log sqrt rsqrt square abs sin cos sigmoid tanh relu gelu silu "
     "softplus softmax log_softmax dropout where masked_fill maximum minimum clamp lerp normalize norm vector_norm sum "
     "mean amax amin max min layer_norm rms_norm group_norm batch_norm instance_norm _weight_norm tril triu roll "
     "matrix_exp interpolate grid_sample gather index_put scatter scatter_add scaled_dot_product_attention eq ne lt gt "

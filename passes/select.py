@@ -97,8 +97,8 @@ def _unread(weight: Weight) -> str:
             return f"inside {use.op}{_at(use)}, a higher-order operator whose body is not rewritten"
         if use.kind == "unknown":
             return (
-                f"used by {use.op}{_at(use)}, which gws_compile does not know: if it multiplies by the weight, add it "
-                "to READS in gws_compile/passes/operations.py or ask for it with this line, else to OTHERS"
+                f"used by {use.op}{_at(use)}, which gws_compile does not know: please report it with this line; if it "
+                "multiplies by the weight, it belongs into READS in gws_compile/passes/operations.py, else into OTHERS"
             )
     uses = ", ".join(dict.fromkeys(use.op for use in weight.other_uses))
     return f"no matrix product or convolution reads it, only: {uses}"

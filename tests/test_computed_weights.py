@@ -179,8 +179,8 @@ def test_an_operation_that_is_not_known_says_how_to_ask_for_it():
         found = said(Unknown(), X)
     line = Unknown.forward.__code__.co_firstlineno + 1
     assert found["weight"] == (
-        f"used by multiply at {__file__}:{line}, which gws_compile does not know: if it multiplies by the weight, add "
-        "it to READS in gws_compile/passes/operations.py or ask for it with this line, else to OTHERS"
+        f"used by multiply at {__file__}:{line}, which gws_compile does not know: please report it with this line; if "
+        "it multiplies by the weight, it belongs into READS in gws_compile/passes/operations.py, else into OTHERS"
     )
 
 
