@@ -158,7 +158,7 @@ class Backend:
             )
 
         for root in list(self._registry.roots):
-            yield from unseen_weights(root, is_seen)
+            yield from unseen_weights(root, self.config, is_seen)
 
     def step(self) -> None:
         """Draw new noise from the next training forward on.

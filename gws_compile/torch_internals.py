@@ -98,7 +98,7 @@ def checkpoint_body(node: fx.Node) -> fx.Node | None:
 
 def traces_recurrent_layers() -> bool:
     """Whether Dynamo traces LSTM, GRU and RNN modules. Relies on ``torch._dynamo.config.allow_rnn``."""
-    return bool(_find("torch._dynamo", "config").allow_rnn)
+    return bool(getattr(_find("torch._dynamo", "config"), "allow_rnn", False))
 
 
 def is_higher_order(node: fx.Node) -> bool:

@@ -60,7 +60,7 @@ def explained(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         names[id(parameter)] = clean(name)
     records = [replace(record, name=names.get(id(weight), record.name)) for weight, record in tracer.met]
     met = {id(weight) for weight, _ in tracer.met}
-    return Report([*records, *unseen_weights(root, lambda _, weight: id(weight) in met)])
+    return Report([*records, *unseen_weights(root, config, lambda _, weight: id(weight) in met)])
 
 
 def trainable_weights(

@@ -32,6 +32,7 @@ class Broken(nn.Module):
         self.blocks = nn.ModuleList(Block() for _ in range(2))
         self.bare = nn.Parameter(torch.randn(8, 8))
         self.unused = nn.Linear(8, 8)
+        self.lm_head, self.table = nn.Linear(8, 8), nn.Embedding(8, 8)
 
     def forward(self, x):
         for block in self.blocks:
@@ -53,6 +54,8 @@ def test_behind_a_graph_break():
         "blocks.1.gate.weight": EXCLUDED,
         "bare": "no traced graph has it",
         "unused.weight": "no traced graph has it",
+        "lm_head.weight": "matches the exclude pattern 'lm_head.*'",
+        "table.weight": "embedding table, in no traced graph",
     }
     assert [r.name for r in report if "TORCH_LOGS=graph_breaks" in r.reason] == ["bare", "unused.weight"]
 
@@ -121,4 +124,6 @@ def test_the_report_of_a_training_run():
         "gate.weight": EXCLUDED,
         "bare": "no traced graph has it",
         "unused.weight": "no traced graph has it",
+        "lm_head.weight": "matches the exclude pattern 'lm_head.*'",
+        "table.weight": "embedding table, in no traced graph",
     }
