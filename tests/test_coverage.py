@@ -49,11 +49,18 @@ def test_the_surgery_alone_is_plain_inductor(entry):
 
 
 def test_the_page_lists_the_catalogue():
-    rows = [line.split(" | ")[0].removeprefix("| ") for line in PAGE.splitlines() if line.startswith("| ")]
-    listed = [name for name in rows if name not in ("model", "---") and name in {e.name for e in ENTRIES}]
-    assert sorted(listed) == sorted(e.name for e in ENTRIES)
+    tables = [line.split(" | ") for line in PAGE.splitlines() if line.startswith("| ")]
+    names = {e.name for e in ENTRIES}
+    rows = [row for row in tables if row[0].removeprefix("| ") in names]
+    assert sorted(row[0].removeprefix("| ") for row in rows) == sorted(names)
     assert "`python benchmarks/model_coverage.py`" in PAGE.split("## ")[0]
-    assert coverage.operations_table() in PAGE
+    # The text around the tables is the program's.
+    assert PAGE.endswith(coverage.BOTTOM.format(operations=coverage.operations_table()))
+    first, last = coverage.TOP.split("{torch}")[0], coverage.TOP.split("{transformers}")[1].split("{rewritten}")[0]
+    assert PAGE.startswith(first)
+    assert last in PAGE
+    weights, rewritten = (sum(int(row[i]) for row in rows) for i in (1, 2))
+    assert f"{rewritten} of {weights} weights in {len(ENTRIES)} models are rewritten" in PAGE
 
 
 def test_the_catalogue_is_wide():
