@@ -52,7 +52,9 @@ READS: dict[str, tuple[int, ...]] = {
 _RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
 
 # Reads whose operands are alike, so that only the rest of the graph tells the weight from the activation.
-PRODUCTS = frozenset(name for name, positions in READS.items() if 0 in positions)
+PRODUCTS = frozenset(
+    "matmul imatmul inner mm bmm mv addmm addmv addbmm baddbmm einsum tensordot multi_dot chain_matmul".split()
+)
 
 # Keyword names of the same operands.
 _OPERAND_NAMES: dict[str, tuple[int, str]] = {
@@ -155,10 +157,11 @@ def is_read(node: fx.Node, weight: fx.Node) -> bool:
 
 
 def is_weight_of(node: fx.Node, value: fx.Node) -> bool:
-    """Whether the node reads ``value`` in the place where weights stand: of a matrix product, the second one."""
+    """Whether the node reads ``value`` where weights stand: in a product of two matrices, as any but the first."""
     name = name_of(node)
-    if name in PRODUCTS:
-        return bool(_operands(node, value, name) - {0})
+    first = READS[name][0] if name in READS else 0
+    if name in PRODUCTS and len(READS[name]) > 1 and first < len(node.args) and node.args[first] is value:
+        return _operands(node, value, name) > {first}
     return is_read(node, value)
 
 

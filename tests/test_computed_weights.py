@@ -68,11 +68,29 @@ class Merged(nn.Module):
         return self.fc(self.read(x, self.base + 0.5 * (self.b @ self.a)))
 
 
+@pytest.mark.parametrize("product", ["einsum", "addmm", "mm"])
+def test_adapters_merged_by_other_products(product):
+    def merge(base, b, a):
+        if product == "einsum":
+            return base + torch.einsum("or,ri->oi", b, a)
+        return torch.addmm(base, b, a) if product == "addmm" else base + b.mm(a)
+
+    class Other(Merged):
+        def forward(self, x):
+            return self.fc(self.read(x, merge(self.base, self.b, self.a)))
+
+    found = said(Other(F.linear), X)
+    for name in ("base", "a", "b"):
+        assert found[name].startswith("computed with before linear reads it: "), found[name]
+
+
 @pytest.mark.parametrize(
     ("read", "op"),
     [
         (F.linear, "linear"),
         (lambda x, w: x @ w.T, "matmul"),
+        (lambda x, w: torch.einsum("bi,oi->bo", x, w), "einsum"),
+        (lambda x, w: torch.addmm(x, x, w), "addmm"),
         (lambda x, w: checkpoint(F.linear, x, w, use_reentrant=False), "linear"),
         (lambda x, w: F.conv1d(x[..., None], w[..., None])[..., 0], "conv1d"),
     ],
