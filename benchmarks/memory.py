@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 import torch._functorch.config
-import transformers
+from llama import SIZES, Size, build_model
 from tabulate import tabulate
 
 import gws_compile
@@ -38,27 +38,6 @@ import gws_compile
 VARIANTS = ("plain", "save", "recompute")
 PRECISIONS = {"autocast": "float32 weights, bf16 autocast", "bf16": "bf16 weights"}
 WARM_UP_STEPS = 2
-
-
-@dataclass(frozen=True)
-class Size:
-    """A Llama's shape, and the batch it is given."""
-
-    layers: int
-    width: int
-    inner_width: int
-    heads: int
-    vocabulary: int
-    batch: int
-    seq: int
-
-
-SIZES = {
-    "tiny": Size(layers=1, width=64, inner_width=160, heads=2, vocabulary=96, batch=2, seq=32),
-    "small": Size(layers=6, width=384, inner_width=1024, heads=6, vocabulary=256, batch=8, seq=256),
-    "134m": Size(layers=12, width=768, inner_width=2048, heads=12, vocabulary=32000, batch=8, seq=1024),
-    "1b": Size(layers=18, width=2048, inner_width=5504, heads=16, vocabulary=32000, batch=4, seq=2048),
-}
 
 
 @dataclass(frozen=True)
@@ -121,22 +100,6 @@ def measure(variant: str, precision: str, size: Size, fmt: str, device: str) -> 
     sampled = sum(model.get_parameter(record.name).numel() for record in rewritten)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Measurement(variant, precision, parameters, sampled, sum(kept.values()), peak)
-
-
-def build_model(size: Size) -> transformers.PreTrainedModel:
-    """A Llama with random weights."""
-    config = transformers.LlamaConfig(
-        hidden_size=size.width,
-        intermediate_size=size.inner_width,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        vocab_size=size.vocabulary,
-        max_position_embeddings=size.seq,
-        bos_token_id=0,
-        eos_token_id=0,
-        use_cache=False,
-    )
-    return transformers.LlamaForCausalLM(config)
 
 
 def peak_of(step: Callable[[], None], standing: int, device: str) -> int:

@@ -6,6 +6,7 @@ model = torch.compile(model, backend=gws_compile.backend(fmt="fp8_e4m3"))
 from .api import backend, explain
 from .compiler import Backend
 from .config import DEFAULT_EXCLUDE
+from .entry_point import named_backend
 from .formats import FORMATS, FloatFormat
 from .learned import LearnedBits
 from .reference import quantize, sample
@@ -25,6 +26,7 @@ __all__ = [
     "WeightRecord",
     "backend",
     "explain",
+    "named_backend",
     "quantize",
     "sample",
 ]

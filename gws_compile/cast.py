@@ -84,38 +84,59 @@ def scale_bits(p: Primitives, amax: Value, fmt: FloatFormat, scale: str, dtype: 
     return p.isub(p.imin(exponent, (high + 127 + fmt.emax) << 23), fmt.emax << 23)
 
 
-def cast(p: Primitives, y: Value, amax: Value | None, fmt: FloatFormat, scale: str | None, dtype: torch.dtype) -> Value:
+def block_scale(
+    p: Primitives, amax: Value, fmt: FloatFormat, scale: str | None, dtype: torch.dtype
+) -> tuple[Value | None, Value]:
+    """What `cast` needs to know of a block: 1 / X, None for X = 1; and X, NaN where the block has a NaN or an Inf.
+
+    Args:
+        p: the operations to write it in.
+        amax: float32 block maximum.
+        fmt: the element format.
+        scale: see `scale_bits`; None for X = 1.
+        dtype: the weight's.
+    """
+    if not fmt.scaled or scale is None:
+        return None, p.bits_float(broken_block(p, amax, 127 << 23))
+    x_bits = scale_bits(p, amax, fmt, scale, dtype)
+    return p.bits_float(p.isub(254 << 23, x_bits)), p.bits_float(broken_block(p, amax, x_bits))
+
+
+def cast(
+    p: Primitives,
+    y: Value,
+    inverse: Value | None,
+    x: Value | None,
+    fmt: FloatFormat,
+    scale: str | None,
+    dtype: torch.dtype,
+) -> Value:
     """Round ``y`` to the nearest value of the block's grid: ties to even, subnormals kept, saturating.
 
     Args:
         p: the operations to write it in.
         y: float32.
-        amax: float32 block maximum, or None where `needs_block_maximum` says no.
+        inverse: float32, 1 / X, see `block_scale`; None for X = 1.
+        x: float32, the block scale X; None where `needs_block_maximum` says no.
         fmt: the element format.
         scale: see `scale_bits`; None for X = 1.
         dtype: the weight's; the result is finite in it.
 
     Returns:
-        float32 on the grid. NaN wherever ``amax`` is NaN or Inf; without ``amax``, where ``y`` is.
+        float32 on the grid. NaN wherever ``x`` is; without ``x``, where ``y`` is.
     """
-    if fmt.scaled and scale is not None:
-        x_bits = scale_bits(p, amax, fmt, scale, dtype)
-        inverse = p.bits_float(p.isub(254 << 23, x_bits))
-        q = p.float_bits(p.fmul(y, inverse))
-    else:
-        x_bits = 127 << 23
-        q = p.float_bits(y)
+    q = p.float_bits(y if inverse is None else p.fmul(y, inverse))
     magnitude = p.iand(q, _MAGNITUDE)
     largest = float32_bits(largest_value(fmt, scale, dtype))
     if fmt.scaled:
         rounded = _round_scaled(p, p.imin(magnitude, largest), fmt)
     else:
         rounded = p.imin(_round_wide(p, magnitude, fmt.mantissa_bits), largest)
-    if amax is None:
+    if x is None:
         rounded = p.iselect(p.ilt(magnitude, _EXPONENT), rounded, _NAN)
         return p.bits_float(p.ior(rounded, p.iand(q, _SIGN)))
     signed = p.bits_float(p.ior(rounded, p.iand(q, _SIGN)))
-    return p.fmul(signed, p.bits_float(broken_block(p, amax, x_bits)))
+    return p.fmul(signed, x)
 
 
 def broken_block(p: Primitives, amax: Value, x_bits: Value) -> Value:
@@ -135,8 +156,8 @@ def _round_scaled(p: Primitives, magnitude: Value, fmt: FloatFormat) -> Value:
     if m == 23:  # float32's own precision: only what lies below the smallest normal value is rounded
         c = p.fselect(p.ilt(magnitude, smallest), fmt.min_normal, 0.0)
     else:
-        exponent = p.imax(p.iand(magnitude, _EXPONENT), smallest)
-        c = p.bits_float(p.iadd(exponent, (23 - m) << 23))
+        # A product by a power of two: exact, and a GPU makes one instruction of it and the addition behind it.
+        c = p.fmul(p.bits_float(p.imax(p.iand(magnitude, _EXPONENT), smallest)), 2.0 ** (23 - m))
     return p.float_bits(p.fsub(p.fadd(p.bits_float(magnitude), c), c))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,8 +9,8 @@ from torch import fx
 
 from .compiler import Backend
 from .config import Config
+from .settings import NAMES, from_environment
 
-_SETTINGS = tuple(inspect.signature(Config.make).parameters)
 _backends: dict[Config, Backend] = {}
 
 
@@ -28,7 +27,8 @@ def gws(
         gm: Dynamo's graph.
         example_inputs: its inputs.
         mode: a mode of ``torch.compile``, for Inductor.
-        options: the arguments of `gws_compile.backend` by name; every other key is an option of Inductor.
+        options: the arguments of `gws_compile.backend` by name; every other key is an option of Inductor. What is not
+            given comes from the environment, as in `named_backend`.
 
     Returns:
         The compiled function.
@@ -37,17 +37,28 @@ def gws(
         ValueError: a bad setting. RuntimeError: an option that Inductor does not have.
     """
     options = dict(options or {})
-    settings = {name: options.pop(name) for name in _SETTINGS if name in options}
+    settings = {name: options.pop(name) for name in NAMES if name in options}
     return named_backend(**settings)(gm, example_inputs, mode=mode, options=options or None)
 
 
 def named_backend(**settings: Any) -> Backend:
-    """The backend behind the name ``"gws"`` with these settings: one for the process, made on first use.
+    """The backend behind the name ``"gws"``: for its `Backend.report`, `Backend.step` and the rest.
+
+    There is one for each different configuration, for the whole process, made on first use.
 
     Args:
-        **settings: the arguments of `gws_compile.backend`, as in ``options``.
+        **settings: the arguments of `gws_compile.backend`, as in ``options``. What is not given comes from the
+            environment: ``GWS_FMT``, ``GWS_BITS`` and so on, or the TOML file that ``GWS_CONFIG`` names.
+
+    Raises:
+        ValueError: a bad setting; the message says where it comes from.
     """
-    config = Config.make(**settings)
+    config = Config.make(**{**from_environment(), **settings})
     if config not in _backends:
         _backends[config] = Backend(config)
     return _backends[config]
+
+
+def named_backends() -> tuple[Backend, ...]:
+    """All backends that the name ``"gws"`` has stood for in this process, in the order of first use."""
+    return tuple(_backends.values())

@@ -74,16 +74,14 @@ def add_noise(p: Primitives, noise: str, w: Value, amplitude: Value, word: Value
     Returns:
         float32; bit for bit ``w`` where R is 0.
     """
-    hit, r = draw(p, noise, word, enabled)
+    hit, size = draw(p, noise, word, enabled, amplitude)
     # The sign goes on as a bit, not as a factor: nothing a compiler could contract with the addition into a fused
     # multiply-add, which would round differently from the eager kernel.
-    shift = p.float_bits(p.fmul(r, amplitude))
-    shift = p.bits_float(p.ior(shift, p.iand(word, _SIGN)))
-    return p.fselect(hit, p.fadd(w, shift), w)
+    return p.fselect(hit, p.fadd(w, _with_sign(p, size, word)), w)
 
 
-def draw(p: Primitives, noise: str, word: Value, enabled: Value) -> tuple[Value, Value]:
-    """Whether R is drawn and not 0, and |R|; the word's top bit is its sign.
+def draw(p: Primitives, noise: str, word: Value, enabled: Value, amplitude: Value) -> tuple[Value, Value]:
+    """Whether R is drawn and not 0, and ``|R| * amplitude``; the word's top bit is the sign of R.
 
     Args:
         p: the operations to write it in.
@@ -92,6 +90,7 @@ def draw(p: Primitives, noise: str, word: Value, enabled: Value) -> tuple[Value,
             al. 2021, arXiv 2104.09987).
         word: int32 from `random_word`: the top bit is the sign of R, the others its magnitude.
         enabled: int32, -1 to draw, 0 for R = 0.
+        amplitude: float32, or 1.0.
 
     Returns:
         A mask, and float32.
@@ -100,14 +99,20 @@ def draw(p: Primitives, noise: str, word: Value, enabled: Value) -> tuple[Value,
     if noise == "rounded_normal":
         one, two, three = TAIL_COUNTS
         hit = p.ilt(magnitude, p.iand(enabled, one))
-        return hit, p.fselect(p.ilt(magnitude, three), 3.0, p.fselect(p.ilt(magnitude, two), 2.0, 1.0))
+        # The multiples are the same for all elements of a block: selected, not multiplied.
+        double, triple = p.fmul(amplitude, 2.0), p.fmul(amplitude, 3.0)
+        return hit, p.fselect(p.ilt(magnitude, three), triple, p.fselect(p.ilt(magnitude, two), double, amplitude))
     if noise == "uniform":
-        return p.ilt(enabled, 0), p.fmul(p.to_float(p.iadd(p.imul(p.ishr(magnitude, 8), 2), 1)), 2.0**-25)
+        size = p.fmul(p.to_float(p.iadd(p.imul(p.ishr(magnitude, 8), 2), 1)), 2.0**-25)
+        return p.ilt(enabled, 0), p.fmul(size, amplitude)
     raise AssertionError(noise)
 
 
 def signed_draw(p: Primitives, noise: str, word: Value, enabled: Value) -> Value:
     """R itself, float32."""
-    hit, r = draw(p, noise, word, enabled)
-    signed = p.bits_float(p.ior(p.float_bits(r), p.iand(word, _SIGN)))
-    return p.fselect(hit, signed, 0.0)
+    hit, size = draw(p, noise, word, enabled, 1.0)
+    return p.fselect(hit, _with_sign(p, size, word), 0.0)
+
+
+def _with_sign(p: Primitives, size: Value, word: Value) -> Value:
+    return p.bits_float(p.ior(p.float_bits(size), p.iand(word, _SIGN)))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .cast import cast, needs_block_maximum
+from .cast import block_scale, cast, needs_block_maximum
 from .config import check_block
 from .formats import FloatFormat
 from .learned import WidthRule, block_grid, cast_to_grid, width, width_gradient
@@ -21,7 +21,7 @@ from .learned import amplitude as width_amplitude
 from .noise import add_noise, fixed_amplitude, random_word, signed_draw
 from .primitives import TorchPrimitives
 
-OPERATOR_VERSION = 5
+OPERATOR_VERSION = 6
 """Part of every call's arguments. Compile caches see a graph's arguments, not the lowering's source: raise it whenever
 noise, cast or lowering change what they compute."""
 
@@ -91,8 +91,11 @@ def sample_eager(
     blocks = Blocks(w, batch_dims, block)
     y = blocks.matrices(w)
     if learned is None or rule is None:
-        amax = blocks.expand(block_maximum(y, block)) if needs_block_maximum(fmt, scale, noise) else None
-        amplitude = None if noise == "none" else fixed_amplitude(p, amax, bits)
+        inverse = x = amplitude = None
+        if needs_block_maximum(fmt, scale, noise):
+            block_amax = block_maximum(y, block)
+            inverse, x = map(blocks.expand, block_scale(p, block_amax, fmt, scale, w.dtype))
+            amplitude = blocks.expand(fixed_amplitude(p, block_amax, bits))
     else:
         block_amax = block_maximum(y, block)
         b = width(p, learned.detach().expand(block_amax.shape), rule)
@@ -106,7 +109,7 @@ def sample_eager(
         word = random_word(p, index, (keys[row, 0], keys[row, 1]), clock[0])
         y = add_noise(p, noise, y, amplitude, word, clock[1])
     if learned is None:
-        result = cast(p, y, amax, fmt, scale, w.dtype)
+        result = cast(p, y, inverse, x, fmt, scale, w.dtype)
     else:
         result = cast_to_grid(p, y, grid.map(blocks.expand))
     return torch.empty_like(w).copy_(result.to(w.dtype).view(w.shape))
@@ -184,6 +187,7 @@ def sample_weight(
     rule: str,
     whole: list[int],
     offset: list[int],
+    out_dtype: torch.dtype | None,
     keep: bool,
     version: int,
 ) -> torch.Tensor:
@@ -207,14 +211,16 @@ def sample_weight(
             without noise, and with frozen widths, to the format that the block's width stands for.
         whole: shape of the weight of which ``w`` is one rank's part; empty where it is whole.
         offset: index of the part's first element in the whole weight; empty likewise.
+        out_dtype: what the reads would convert the sample to, such as bfloat16 under autocast: the sample comes in this
+            dtype, its values the same as if converted behind the operator. The weight's own when None.
         keep: whether backward keeps the sample, or computes it again. It changes no value: the mark that makes the
             difference is not seen by compile caches, which would take one setting's code for the other.
         version: `OPERATOR_VERSION`.
 
     Returns:
-        The sampled weight: shape, dtype and strides of ``w``, every value on the grid of its block.
+        The sampled weight: shape and strides of ``w``, every value on the grid of its block.
     """
-    return sample_eager(
+    sampled = sample_eager(
         w,
         keys,
         clock,
@@ -230,6 +236,7 @@ def sample_weight(
         whole,
         offset,
     )
+    return sampled.to(out_dtype or w.dtype)
 
 
 @sample_weight.register_fake
@@ -248,6 +255,7 @@ def _(
     rule: str,
     whole: list[int],
     offset: list[int],
+    out_dtype: torch.dtype | None,
     keep: bool,
     version: int,
 ) -> torch.Tensor:
@@ -255,7 +263,7 @@ def _(
         raise TypeError(f"gws::sample_weight takes weights of {', '.join(map(str, DTYPES))}, got {w.dtype}")
     if version != OPERATOR_VERSION:
         raise RuntimeError(f"gws::sample_weight is at version {OPERATOR_VERSION}, the graph was made for {version}")
-    return torch.empty_like(w)
+    return torch.empty_like(w, dtype=out_dtype or w.dtype)
 
 
 @torch.library.custom_op("gws::bits_gradient", mutates_args=())
@@ -311,7 +319,8 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    w, keys, clock, row, batch_dims, _, _, noise, block, _, learned, rule, whole, offset, _, version = inputs
+    w, keys, clock, row, batch_dims, _, _, noise, block, _, learned, rule, whole, offset, _, _, version = inputs
+    ctx.dtype = w.dtype
     ctx.learned = learned is not None and noise != "none"
     if ctx.learned:
         ctx.save_for_backward(w, keys, clock, learned)
@@ -322,7 +331,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     bits = None
     if ctx.learned and ctx.needs_input_grad[10]:
         bits = bits_gradient(grad, *ctx.saved_tensors, *ctx.rest)
-    return (grad, *[None] * 9, bits, *[None] * 5)
+    return (grad.to(ctx.dtype), *[None] * 9, bits, *[None] * 6)
 
 
 sample_weight.register_autograd(_backward, setup_context=_setup_context)

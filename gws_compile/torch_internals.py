@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import SimpleNamespace
@@ -163,6 +164,11 @@ def inside_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
+def inside_jit_trace() -> bool:
+    """Whether ``torch.jit.trace`` is running."""
+    return bool(torch._C._is_tracing())
+
+
 def shard_range(value: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """What this rank holds of a DTensor: (local shape, offset in the whole tensor); None for a plain tensor.
 
@@ -252,6 +258,43 @@ def named_compile(name: str, gm: fx.GraphModule, example_inputs: Sequence[Any]) 
     return compiled
 
 
+def default_backend() -> Any:
+    """What ``torch.compile`` takes when it is given no backend; 2.11 has no other than "inductor"."""
+    get = getattr(torch.compiler, "get_default_backend", None)
+    return "inductor" if get is None else get()
+
+
+def compile_in_place(module: torch.nn.Module, compile: Callable[..., Any], **arguments: Any) -> None:
+    """``module.compile(...)``, also for torch's own containers, whose frame Dynamo skips.
+
+    Relies on ``_compiled_call_impl``, which Module.compile sets, and on ``trace_rules.check``, by which
+    ``torch.compile(module)`` tells such modules.
+    """
+    if module._compiled_call_impl is not None:
+        return
+    forward: Callable[..., Any] = module._call_impl
+    if _find("torch._dynamo.trace_rules", "check")(module.forward):
+        this = weakref.ref(module)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            called = this()
+            assert called is not None
+            return called._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    module._compiled_call_impl = compile(forward, **arguments)
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether a module was made by ``torch.compile(module)``, or had ``Module.compile`` called on it."""
+    optimized = _find("torch._dynamo.eval_frame", "OptimizedModule")
+    return isinstance(module, optimized) or module._compiled_call_impl is not None
+
+
+def skip_frame_of(function: Callable[..., Any]) -> None:
+    """Have Dynamo leave out the function's own frame and go on in what it calls. Relies on ``skip_code``."""
+    _find("torch._dynamo.eval_frame", "skip_code")(function.__code__)
+
+
 # --- Inductor's lowering ---------------------------------------------------------------------------------------------
 
 
@@ -259,8 +302,10 @@ def named_compile(name: str, gm: fx.GraphModule, example_inputs: Sequence[Any]) 
 def inductor() -> SimpleNamespace:
     """What a lowering is written with; imports Inductor on first use.
 
-    Relies on ``virtualized.ops``, ``ir.Pointwise``, ``lowering.register_lowering``, the lowerings of ``aten.amax`` and
-    ``aten.sum``.
+    Relies on ``virtualized.ops`` and ``V.graph`` (``current_node``, ``register_buffer``, ``register_operation``),
+    ``ir.Pointwise``, ``Reduction``, ``Scatter``, ``ComputedBuffer``, ``FixedLayout``, ``TensorBox`` and
+    ``FlexibleLayout.contiguous_strides``, ``lowering.register_lowering``, ``to_dtype``, ``view``, and the lowerings of
+    ``aten.amax`` and ``aten.sum``.
     """
     sympy = importlib.import_module("sympy")
     ops = _find("torch._inductor.virtualized", "ops")
@@ -268,6 +313,8 @@ def inductor() -> SimpleNamespace:
     modular = _find("torch.utils._sympy.functions", "ModularIndexing")
     lowerings = _find("torch._inductor.lowering", "lowerings")
     register = _find("torch._inductor.lowering", "register_lowering")
+    ir = importlib.import_module("torch._inductor.ir")
+    virtualized = _find("torch._inductor.virtualized", "V")
 
     def product(sizes: Sequence[Any]) -> Any:
         total: Any = sympy.S.One
@@ -285,11 +332,16 @@ def inductor() -> SimpleNamespace:
             result.append(floordiv(index, stride) if i == 0 else modular(index, stride, n))
         return result
 
-    def linear_int32(index: Sequence[Any], sizes: Sequence[Any], numel: Any) -> Any:
-        """The row-major element index, mod 2**32, as an int32 value."""
+    def flatten(index: Sequence[Any], sizes: Sequence[Any]) -> Any:
+        """The row-major index into dims of these sizes."""
         total: Any = 0
         for i, n in zip(index, sizes, strict=True):
             total = total * n + i
+        return total
+
+    def linear_int32(index: Sequence[Any], sizes: Sequence[Any], numel: Any) -> Any:
+        """The row-major element index, mod 2**32, as an int32 value."""
+        total = flatten(index, sizes)
         if numel < 2**31:
             return ops.index_expr(total, torch.int32)
         return ops.to_dtype(ops.index_expr(total, torch.int64), torch.int32, src_dtype=torch.int64)
@@ -305,15 +357,82 @@ def inductor() -> SimpleNamespace:
             return floordiv(sympy.sympify(index), sympy.Integer(side))
         return floordiv(2 * sympy.sympify(index) + 1, sympy.Integer(2 * side))
 
+    def is_contiguous(x: Any) -> bool:
+        """Whether a stored tensor is row-major."""
+        stride = x.maybe_get_stride()
+        wanted = ir.FlexibleLayout.contiguous_strides(x.get_size())
+        return stride is not None and all(
+            n == 1 or s == w for n, s, w in zip(x.get_size(), stride, wanted, strict=True)
+        )
+
+    def has_pointwise_user() -> bool:
+        """Whether an elementwise operation reads the result of the node that is being lowered, through views or not."""
+        convert = torch.ops.prims.convert_element_type.default
+        views = (torch.ops.aten.permute, torch.ops.aten.t, torch.ops.aten.view, torch.ops.aten.unsqueeze)
+
+        def reads(node: fx.Node) -> bool:
+            if node.target is convert or torch.Tag.pointwise in getattr(node.target, "tags", ()):
+                return True
+            return getattr(node.target, "overloadpacket", None) in views and any(map(reads, node.users))
+
+        return any(map(reads, virtualized.graph.current_node.users))
+
+    def reduction(
+        kind: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        value: Callable[[Sequence[Any], Sequence[Any]], Any],
+        ranges: Sequence[Any],
+        reduced: Sequence[Any],
+    ) -> Any:
+        """The ``"max"`` or ``"sum"`` over the dims ``reduced``; a GPU keeps up to 1024 elements in registers."""
+        return ir.Reduction.create(
+            device=device,
+            dst_dtype=dtype,
+            src_dtype=dtype,
+            inner_fn=value,
+            ranges=list(ranges),
+            reduction_ranges=list(reduced),
+            reduction_type=kind,
+            reduction_hint=ir.ReductionHint.INNER,
+        )
+
+    def scatter(
+        device: torch.device,
+        dtype: torch.dtype,
+        value: Callable[[Sequence[Any]], Any],
+        ranges: Sequence[Any],
+        to: Callable[[Sequence[Any]], Sequence[Any]],
+        size: Sequence[Any],
+    ) -> Any:
+        """A row-major tensor of this size, whose element ``to(index)`` is ``value(index)``: each is written once."""
+        written = ir.Scatter(
+            device=device, dtype=dtype, inner_fn=value, ranges=list(ranges), output_indexer=to, scatter_mode=None
+        )
+        strides = ir.FlexibleLayout.contiguous_strides(list(size))
+        buffer = ir.ComputedBuffer(name=None, layout=ir.FixedLayout(device, dtype, list(size), strides), data=written)
+        buffer.name = virtualized.graph.register_buffer(buffer)
+        virtualized.graph.register_operation(buffer)
+        return ir.TensorBox.create(buffer)
+
     def register_lowering(op: Any, fn: Callable[..., Any]) -> None:
         if op not in lowerings:
             register(op, type_promotion_kind=None)(fn)
 
     return SimpleNamespace(
         ops=ops,
-        Pointwise=_find("torch._inductor.ir", "Pointwise"),
+        Pointwise=ir.Pointwise,
+        flatten=flatten,
+        is_contiguous=is_contiguous,
+        has_pointwise_user=has_pointwise_user,
+        reduction=reduction,
+        scatter=scatter,
+        view=lambda x, size: lowerings[torch.ops.aten.view.default](x, list(size)),
         amax=lambda x, dims: lowerings[torch.ops.aten.amax.default](x, dims),
         sum=lambda x, dims: lowerings[torch.ops.aten.sum.dim_IntList](x, dims),
+        floordiv=lambda a, b: floordiv(sympy.sympify(a), sympy.sympify(b)),
+        modular=lambda a, divisor, modulus: modular(sympy.sympify(a), divisor, modulus),
+        to_dtype=_find("torch._inductor.lowering", "to_dtype"),
         ceildiv=lambda a, b: floordiv(sympy.sympify(a) + (b - 1), sympy.Integer(b)),
         product=product,
         unflatten=unflatten,

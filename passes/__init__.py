@@ -14,6 +14,7 @@ from torch import fx
 from gws_compile.config import Config
 from gws_compile.torch_internals import copy_graph_module
 
+from .convert import convert_samples
 from .find import find_weight_reads
 from .recompute import recompute_in_backward
 from .sample import InputLayout, LearnedInput, input_layout, is_noisy, sample_weights
@@ -36,6 +37,7 @@ PASSES: tuple[Callable[..., fx.GraphModule], ...] = (
     find_weight_reads,
     select_weights,
     sample_weights,
+    convert_samples,
     recompute_in_backward,
 )
 

@@ -93,6 +93,9 @@ TRANSPARENT = frozenset(
     "from_local_like _add_batch_dim _wrap_for_grad".split()
 )
 
+# Of these, the ones that may change the dtype.
+CONVERSIONS = frozenset("to type type_as float half bfloat16 double _to_copy".split())
+
 # Only shape, dtype or device of the operand matter.
 METADATA = frozenset(
     "size dim ndim shape stride numel nelement element_size dtype device is_contiguous is_floating_point "

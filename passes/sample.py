@@ -228,6 +228,7 @@ class _Rewriter:
                     WidthRule.of(config.learned).spec if inputs.bits is not None and config.learned else "",
                     [] if shard is None else list(shard.whole),
                     [] if shard is None else list(shard.offset),
+                    None,
                     config.backward == "save",
                     OPERATOR_VERSION,
                 ),

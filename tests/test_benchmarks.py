@@ -2,13 +2,10 @@
 
 import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 
 @pytest.mark.parametrize("precision", ["autocast", "bf16"])

@@ -77,7 +77,7 @@ def sample(
     clock = None if noise == "none" else torch.tensor(clock, dtype=torch.int32)
     return torch.ops.gws.sample_weight(
         w, keys, clock, 0, batch_dims, gws_compile.FloatFormat.parse(fmt).spec, 0.0, noise, list(block), scale,
-        parameter, rule.spec, [], [], True, OPERATOR_VERSION,
+        parameter, rule.spec, [], [], None, True, OPERATOR_VERSION,
     )  # fmt: skip
 
 
@@ -133,7 +133,23 @@ def test_compiled_equals_eager(noise):
 
     def run(w, b, clock):
         return torch.ops.gws.sample_weight(
-            w, KEYS, clock, 0, 0, "e8m7", 0.0, noise, [32, 32], "floor", b, RULE.spec, [], [], True, OPERATOR_VERSION
+            w,
+            KEYS,
+            clock,
+            0,
+            0,
+            "e8m7",
+            0.0,
+            noise,
+            [32, 32],
+            "floor",
+            b,
+            RULE.spec,
+            [],
+            [],
+            None,
+            True,
+            OPERATOR_VERSION,
         )
 
     compiled = torch.compile(run, fullgraph=True)
@@ -206,6 +222,7 @@ def test_gradient_is_the_equation(noise, granularity):
                 rule.spec,
                 [],
                 [],
+                None,
                 True,
                 OPERATOR_VERSION,
             )
@@ -329,8 +346,9 @@ def test_one_fused_reduction():
     backward = codes[-1]
     assert "torch.ops.gws" not in "".join(codes)
     assert len(re.findall(r"^cpp_fused\w+ = async_compile", backward, re.M)) == 1
-    # The block maxima and the sums; the gradient of w takes the place of the sample. Nothing holds R.
-    assert re.findall(r"= empty_strided_cpu\(\(([^)]*)\)", backward) == ["1, 8, 8", "1, 8, 8"]
+    # The columns' part of the element index, the block maxima and the sums; the gradient of w takes the place of the
+    # sample. Nothing holds R.
+    assert re.findall(r"= empty_strided_cpu\(\(([^)]*)\)", backward) == ["256, ", "1, 8, 8", "1, 8, 8"]
 
 
 def test_prepare_computes_nothing_and_names_the_parameters():

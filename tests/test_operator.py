@@ -12,8 +12,17 @@ import torch
 from support.oracle import assert_bits_equal
 from torch._inductor.utils import run_and_get_code
 
-import gws_compile.lowering
-from gws_compile import cast, formats, learned, noise, primitives, sampling
+from gws_compile import (
+    cast,
+    formats,
+    inductor_primitives,
+    learned,
+    lowering,
+    noise,
+    primitives,
+    sampling,
+    weight_loops,
+)
 from gws_compile.sampling import OPERATOR_VERSION
 
 KEYS = torch.tensor([[1, 2], [123456789, -987654321]], dtype=torch.int32)
@@ -38,6 +47,7 @@ def arguments(
         None,
         "",
         *map(list, part),
+        None,
         True,
         OPERATOR_VERSION,
     )
@@ -52,6 +62,31 @@ def sample(*args):
 def test_opcheck(noise, dtype):
     w = torch.randn(40, 50, dtype=dtype, requires_grad=True)
     torch.library.opcheck(torch.ops.gws.sample_weight.default, arguments(w, noise=noise))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_out_dtype_is_a_conversion_behind_the_operator(dtype, out_dtype):
+    """Values, strides and gradients, eager and compiled."""
+    torch.manual_seed(0)
+    w = torch.randn(70, 64, dtype=dtype).t().requires_grad_()
+    upstream = torch.randn(64, 70, dtype=out_dtype)
+    torch._dynamo.reset()
+    *before, _, keep, version = arguments(w)
+
+    def run(w, inside):
+        return sample(*before, out_dtype if inside else None, keep, version).to(out_dtype)
+
+    results = []
+    for function, inside in [(run, False), (run, True), (torch.compile(run, fullgraph=True), True)]:
+        w.grad = None
+        out = function(w, inside)
+        out.backward(upstream)
+        results.append((out.detach(), w.grad))
+    for out, grad in results[1:]:
+        assert out.stride() == results[0][0].stride()
+        assert_bits_equal(out, results[0][0])
+        assert torch.equal(grad, results[0][1])
 
 
 def test_strides_are_kept():
@@ -77,12 +112,13 @@ def test_gradient_is_the_identity(dtype):
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="other Python versions print the same code differently")
 def test_version_is_raised_with_the_code():
     """Compile caches tell versions apart by the operator's version alone: change it with what is computed."""
-    sources = [Path(m.__file__) for m in (cast, formats, learned, noise, primitives, sampling, gws_compile.lowering)]
+    modules = (cast, formats, learned, noise, primitives, sampling, inductor_primitives, weight_loops, lowering)
+    sources = [Path(m.__file__) for m in modules]
     code = [
         re.sub(r"OPERATOR_VERSION = \d+", "", ast.unparse(_Bare().visit(ast.parse(p.read_text())))) for p in sources
     ]
     digest = hashlib.sha256("".join(code).encode()).hexdigest()[:16]
-    assert (OPERATOR_VERSION, digest) == (5, "caa0862732dd9286")
+    assert (OPERATOR_VERSION, digest) == (6, "8b09b9da1c8e97d6")
 
 
 class _Bare(ast.NodeTransformer):
@@ -96,7 +132,7 @@ def test_errors():
     with torch._subclasses.FakeTensorMode(), pytest.raises(TypeError, match=r"float32.*got torch.float64"):
         sample(*arguments(torch.empty(4, 4, dtype=torch.float64), noise="none"))
     stale = (*arguments(torch.empty(4, 4), noise="none")[:-1], OPERATOR_VERSION - 1)
-    with torch._subclasses.FakeTensorMode(), pytest.raises(RuntimeError, match="the graph was made for 4"):
+    with torch._subclasses.FakeTensorMode(), pytest.raises(RuntimeError, match="the graph was made for 5"):
         sample(torch.empty(4, 4), *stale[1:])
 
 
@@ -199,19 +235,27 @@ def test_no_loop_loses_its_end():
         )
 
 
-def test_generated_cpp_code():
-    """One kernel for the sample and its bf16 cast, vectorized, and no float32 copy of the sampled weight."""
-    w = torch.randn(256, 512)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("noise", ["rounded_normal", "none"])
+def test_generated_cpp_code(dtype, noise):
+    """One kernel for the sample and its bf16 cast, one vector at a time, and no float32 copy of the sampled weight."""
+    w = torch.randn(256, 512).to(dtype)
 
     def run(w):
-        return sample(*arguments(w)).to(torch.bfloat16)
+        return sample(*arguments(w, noise=noise)).to(torch.bfloat16)
 
     result, (code,) = run_and_get_code(torch.compile(run, fullgraph=True), w)
-    assert_bits_equal(result, sample(*arguments(w)).to(torch.bfloat16))
+    assert_bits_equal(result, sample(*arguments(w, noise=noise)).to(torch.bfloat16))
     assert "torch.ops.gws" not in code
     assert len(re.findall(r"^cpp_fused\w+ = async_compile", code, re.M)) == 1
-    # buffers: the 8 x 16 block maxima and the bfloat16 result
-    buffers = re.findall(r"= empty_strided_cpu\(\(([^)]*)\), \([^)]*\), torch\.(\w+)\)", code)
-    assert [(shape, dtype) for shape, dtype in buffers if dtype != "float32"] == [("256, 512", "bfloat16")]
-    assert [math.prod(map(int, shape.split(", "))) for shape, dtype in buffers if dtype == "float32"] == [8 * 16]
-    assert "at::vec::Vectorized<int32_t>::arange" in code  # the element index, and so the hash, in vectors
+    buffers = re.findall(r"= empty_strided_cpu\(\(([\d, ]*)\), \([\d, ]*\), torch\.(\w+)\)", code)
+    sizes = [(math.prod(int(n) for n in shape.split(",") if n.strip()), dtype) for shape, dtype in buffers]
+    per_block = [(size, dtype) for size, dtype in sizes if size == 8 * 16]
+    # The block maxima, amplitude, 1 / X and X; the columns' part of the element index; the result.
+    assert len(per_block) == (3 if noise == "none" else 4)
+    assert sorted(set(sizes) - set(per_block)) == [(512, "int32")] * (noise != "none") + [(256 * 512, "bfloat16")]
+    # The hash and the cast in vectors: one float32 vector an iteration, and no scalar rest of the row.
+    body = code[code.rindex("for(int64_t x0") :]
+    assert "VectorizedN" not in body
+    assert "std::array<int32_t, 16>" in body or "std::array<int32_t, 8>" in body
+    assert body.count("for(int64_t x1") == 1

@@ -6,7 +6,7 @@ tensors. So the code is what a GPU of that kind gets (reduction hints, block siz
 run-time wrappers work as ever, and the generated wrapper runs on the CPU tensors: kernels under the interpreter, matrix
 products by the CPU's own ``extern_kernels``.
 
-The worker is `support.triton_worker`, where what had to be found out about torch and triton is written down.
+The worker is `offline_gpu.worker`, where what had to be found out about torch and triton is written down.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def run_calls(calls: Sequence[Call]) -> list[Outcome]:
             sys.executable,
             "-P",  # or the working directory goes before the paths that this process imports from
             "-c",
-            f"from {__package__}.triton_worker import serve; serve({str(request)!r}, {str(reply)!r})",
+            f"from {__package__}.worker import serve; serve({str(request)!r}, {str(reply)!r})",
         ]
         worker = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
         if worker.returncode or not reply.exists():

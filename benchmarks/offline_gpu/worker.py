@@ -1,4 +1,4 @@
-"""The process in which Inductor believes in a GPU; started by `support.triton_stub.run_calls`.
+"""The process in which Inductor believes in a GPU; started by `offline_gpu.run_calls`.
 
 What has to be known about torch and triton here. The CUDA builds of torch 2.11, 2.12 and 2.13 pin triton 3.6.0, 3.7.0
 and 3.7.1; with torch 2.13, all of 3.6.0, 3.7.1 and 3.9.0 were tried and work.
@@ -35,7 +35,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from .triton_stub import CAPABILITY, Call, Outcome
+from . import CAPABILITY, Call, Outcome
 
 _DEVICE = torch.device("cuda", 0)
 

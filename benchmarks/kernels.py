@@ -1,0 +1,225 @@
+"""Time sampling a weight against the cast that it replaces: compiled, on one device, in turns.
+
+For each format, noise, weight dtype and shape:
+
+    cast      w.to(torch.bfloat16), compiled by Inductor (for a bf16 weight, a copy): what autocast does without us
+    sample    noise and cast of this project, to bfloat16 in the same kernel
+    randn     the same noise by hand, as PyTorch code under Inductor: torch.randn, rounded, on the block maximum
+    uniform   DiffQ's noise (arXiv 2104.09987) by hand likewise: torch.rand, on the block maximum
+
+The hand-written ones add noise and convert to bfloat16; they are on no narrower format's grid, so they do less. Each is
+timed writing to a fresh tensor (``fresh``) and to one that is there (``into``). ``x cast`` is the median, over the
+rounds, of the time over that of ``cast``; ``GB/s`` counts what has to move: the weight once and the result once.
+
+    python benchmarks/kernels.py                       # what the documentation shows
+    python benchmarks/kernels.py --all --json k.json   # every format and noise
+
+On a CPU without a GPU the shapes are smaller. On a GPU inputs rotate, so that none is found in the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+from timing import Rotation, environment, interleaved, ratio
+
+from gws_compile.formats import FORMATS, FloatFormat
+from gws_compile.noise import NOISES
+from gws_compile.sampling import OPERATOR_VERSION
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SHAPES = {"cuda": ("4096x4096", "4096x14336", "2304x768"), "cpu": ("4096x4096", "2304x768")}
+BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is sampled."""
+
+    fmt: str
+    noise: str
+    dtype: str
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One function's figures.
+
+    Attributes:
+        variant: ``"cast"``, ``"sample"``, ``"randn"`` or ``"uniform"``.
+        output: ``"fresh"`` or ``"into"``.
+        seconds: median of a call.
+        over_cast: median of its ratio to the cast of the same round and output.
+        bandwidth: bytes that have to move, a second.
+    """
+
+    case: Case
+    variant: str
+    output: str
+    seconds: float
+    over_cast: float
+    bandwidth: float
+
+
+def sampler(case: Case, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The operator as the backend calls it under bf16 autocast."""
+    fmt = FloatFormat.parse(case.fmt)
+    keys = clock = None
+    if case.noise != "none":
+        keys = torch.tensor([[11, -12]], dtype=torch.int32, device=device)
+        clock = torch.tensor([7, -1, 0], dtype=torch.int32, device=device)
+    spec, bits, noise, block = fmt.spec, fmt.noise_bits, case.noise, [BLOCK, BLOCK]
+
+    def sample(w: torch.Tensor) -> torch.Tensor:
+        return torch.ops.gws.sample_weight(
+            w,
+            keys,
+            clock,
+            0,
+            0,
+            spec,
+            bits,
+            noise,
+            block,
+            "floor",
+            None,
+            "",
+            [],
+            [],
+            torch.bfloat16,
+            True,
+            OPERATOR_VERSION,
+        )
+
+    return sample
+
+
+def _by_hand(w: torch.Tensor, noise: torch.Tensor, bits: float) -> torch.Tensor:
+    rows, cols = w.shape
+    blocked = w.float().view(rows // BLOCK, BLOCK, cols // BLOCK, BLOCK)
+    amax = blocked.abs().amax((1, 3), keepdim=True)
+    return (blocked + noise.view_as(blocked) * amax * 2 ** (1 - bits)).view_as(w).to(torch.bfloat16)
+
+
+def with_randn(w: torch.Tensor, bits: float) -> torch.Tensor:
+    """The rounded normal noise, by hand."""
+    return _by_hand(w, torch.round(torch.randn(w.shape, device=w.device) / 2), bits)
+
+
+def with_uniform(w: torch.Tensor, bits: float) -> torch.Tensor:
+    """DiffQ's noise, by hand."""
+    return _by_hand(w, torch.rand(w.shape, device=w.device) - 0.5, bits)
+
+
+def functions(case: Case, device: str, peers: bool) -> dict[tuple[str, str], Callable[[], object]]:
+    """What is timed, compiled, by variant and output."""
+    dtype, bits = DTYPES[case.dtype], FloatFormat.parse(case.fmt).noise_bits
+    weight = Rotation(lambda: torch.randn(case.shape, device=device).mul_(0.02).to(dtype), device)
+    variants: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "cast": (lambda w: w.to(torch.bfloat16)) if dtype == torch.float32 else torch.clone,
+        "sample": sampler(case, device),
+    }
+    if peers:
+        variants |= {"randn": lambda w: with_randn(w, bits), "uniform": lambda w: with_uniform(w, bits)}
+    timed: dict[tuple[str, str], Callable[[], object]] = {}
+    for name, function in variants.items():
+
+        def into(w: torch.Tensor, out: torch.Tensor, function: Callable = function) -> None:
+            out.copy_(function(w))
+
+        torch._dynamo.reset()
+        fresh, written = torch.compile(function, fullgraph=True), torch.compile(into, fullgraph=True)
+        out = Rotation(lambda: torch.empty(case.shape, dtype=torch.bfloat16, device=device), device)
+        timed[name, "fresh"] = lambda f=fresh: f(weight())
+        timed[name, "into"] = lambda f=written, out=out: f(weight(), out())
+        for output in ("fresh", "into"):
+            timed[name, output]()  # compiled here, before the next reset
+    return timed
+
+
+def measure(case: Case, device: str, *, rounds: int, calls: int, peers: bool) -> Iterator[Timing]:
+    """Time one case."""
+    timed = functions(case, device, peers)
+    with torch.no_grad():
+        times = interleaved({" ".join(key): f for key, f in timed.items()}, device, rounds=rounds, calls=calls)
+    rows, cols = case.shape
+    moved = rows * cols * (DTYPES[case.dtype].itemsize + 2)
+    for variant, output in timed:
+        of_variant = times[f"{variant} {output}"]
+        seconds = statistics.median(of_variant)
+        yield Timing(case, variant, output, seconds, ratio(of_variant, times[f"cast {output}"]), moved / seconds)
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    """The cases that the command line asks for."""
+    if args.all:
+        pairs: list[tuple[str, str]] = list(itertools.product(FORMATS, NOISES))
+    else:
+        pairs = [(fmt, args.noise) for fmt in args.fmt]
+    shapes = [tuple(map(int, shape.split("x"))) for shape in args.shape]
+    return [Case(fmt, noise, dtype, shape) for fmt, noise in pairs for dtype in args.dtype for shape in shapes]
+
+
+def table(timings: Sequence[Timing]) -> str:
+    """One row for each function."""
+    rows = [
+        (
+            t.case.fmt,
+            t.case.noise,
+            t.case.dtype,
+            "x".join(map(str, t.case.shape)),
+            t.variant,
+            t.output,
+            f"{t.seconds * 1e3:.3f}",
+            f"{t.over_cast:.2f}",
+            f"{t.bandwidth / 1e9:.1f}",
+        )
+        for t in timings
+    ]
+    return tabulate(
+        rows,
+        headers=("format", "noise", "weight", "shape", "variant", "output", "ms", "x cast", "GB/s"),
+        colalign=("left",) * 6 + ("right",) * 3,
+        disable_numparse=True,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="(default: %(default)s here)")
+    parser.add_argument("--fmt", nargs="+", default=["fp8_e4m3"], help="formats (default: fp8_e4m3)")
+    parser.add_argument("--noise", choices=NOISES, default="rounded_normal", help="(default: %(default)s)")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="weight dtypes (default: all)")
+    parser.add_argument("--shape", nargs="+", metavar="ROWSxCOLS", help="multiples of 32")
+    parser.add_argument("--all", action="store_true", help="every format with every noise")
+    parser.add_argument("--no-peers", dest="peers", action="store_false", help="only cast and sample")
+    parser.add_argument("--rounds", type=int, default=20, help="(default: %(default)s)")
+    parser.add_argument("--calls", type=int, help="calls in each turn (default: 20 on a GPU, 1 elsewhere)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    args = parser.parse_args(argv)
+    args.shape = args.shape or SHAPES.get(args.device.split(":")[0], SHAPES["cpu"])
+    calls = args.calls or (20 if args.device.startswith("cuda") else 1)
+
+    timings: list[Timing] = []
+    for case in cases(args):
+        timings += measure(case, args.device, rounds=args.rounds, calls=calls, peers=args.peers)
+    facts = environment(args.device)
+    print(f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}; block {BLOCK} x {BLOCK}")
+    print(table(timings))
+    if args.json:
+        figures = {**facts, "rounds": args.rounds, "timings": [asdict(t) for t in timings]}
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
