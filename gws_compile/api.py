@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
-
 from .compiler import Backend
 from .config import DEFAULT_EXCLUDE, Backward, Config, Inner, Noise, Resample, Scale
 from .formats import FloatFormat
 from .learned import LearnedBits
 from .report import Report
-from .tracing import Tracer
+from .tracing import explained
 
 
 def backend(
@@ -93,6 +91,8 @@ def explain(
     Traces ``model(*args, **kwargs)``, rewrites its graphs, and runs the model as it is, once, so that graph breaks are
     followed. The global random state is restored; buffers that the forward updates (batch norm) are updated.
 
+    Of a module every weight is listed: those that no graph has too, under their names in the module.
+
     Args:
         model: a module or function.
         *args: the call's positional arguments.
@@ -104,8 +104,4 @@ def explain(
         The report: every weight, rewritten or with the reason why not.
     """
     config = Config.make(fmt) if backend is None else backend.config
-    tracer = Tracer(config)
-    compiled = torch.compile(model, backend=tracer)
-    with torch.random.fork_rng():
-        compiled(*args, **kwargs)
-    return tracer.report()
+    return explained(model, args, kwargs, config)

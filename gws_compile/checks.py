@@ -64,6 +64,7 @@ class Checks:
         if any(w.reason is None for w in weights):
             self._any_rewritten = True
         self._check_precision([w for w in weights if w.reason is None])
+        self._check_other_uses([w for w in weights if w.reason is None])
         if not self._any_rewritten:
             what = _list(weights) or "it has no weight matrices"
             if config.strict:
@@ -167,6 +168,16 @@ class Checks:
                     f"fmt={fmt.name!r} has {fmt.mantissa_bits} mantissa bits, but the weights are {name}, which holds "
                     f"{STORAGE[dtype][1]}: the sampled weights are rounded to {name}"
                 )
+
+    def _check_other_uses(self, weights: Sequence[Weight]) -> None:
+        for weight in weights:
+            for use in weight.other_uses:
+                if use.kind != "plain":
+                    at = f" at {use.location}" if use.location else ""
+                    self._say(
+                        f"{weight.name} is sampled for {weight.reads[0].op}, but {use.op}{at} uses the weight itself: "
+                        "gws_compile does not know this operation, or does not look into it"
+                    )
 
     def _say_unmatched(self, setting: str, pattern: str, weights: Sequence[Weight]) -> None:
         if f"{setting}={pattern}" in self._effective:

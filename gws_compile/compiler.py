@@ -23,6 +23,7 @@ from .keys import KeyRegistry, KeyTable
 from .optimizers import after_each_step
 from .passes import InputLayout, Weight, input_layout, is_noisy, rewrite, weights_of
 from .report import Report, WeightRecord
+from .unseen import unseen_weights
 from .width_table import WidthTable
 
 log = logging.getLogger("gws_compile")
@@ -49,7 +50,8 @@ class Backend:
         self.config = config
         self.graphs: list[fx.GraphModule] = []
         self._records: list[WeightRecord] = []
-        self._tables = _Tables()
+        self._tables = _Remembered()
+        self._met = _Remembered()
         self._registry = KeyRegistry(config.seed)
         self._clock = Clock()
         self._checks = Checks(config, self._registry)
@@ -91,6 +93,7 @@ class Backend:
             gm, example_inputs, config=config, is_table=lambda weight: self._tables.has(weight, example_inputs)
         )
         self._tables.add([w for w in weights_of(rewritten) if w.embedded], example_inputs)
+        self._met.add(weights_of(rewritten), example_inputs)
         records = [_record(w, config) for w in weights_of(rewritten)]
         self._checks.look_at(weights_of(rewritten), has_parameters=_has_parameters(gm))
         self._records += records
@@ -136,8 +139,26 @@ class Backend:
         return torch_internals.named_compile(inner, gm, inputs)
 
     def report(self) -> Report:
-        """Every weight seen so far: rewritten, or why not."""
-        return Report(self._records, None if self._bits is None else self._bits.summary())
+        """Every weight seen so far: rewritten, or why not.
+
+        Behind the weights of the graphs come those of the models in training that no graph has.
+        """
+        bits = None if self._bits is None else self._bits.summary()
+        return Report([*self._records, *self._unseen()], bits)
+
+    def _unseen(self) -> Iterator[WeightRecord]:
+        named = {name.partition("#")[0] for name, _ in self._registry.items()}
+        # Of graphs that several blocks share, weights without noise are known by their names in the block alone.
+        quiet = {record.name for record in self._records if record.noise in ("", "none")}
+
+        def is_seen(name: str, weight: torch.Tensor) -> bool:
+            parts = name.split(".")
+            return (
+                name in named or self._met.holds(weight) or any(".".join(parts[i:]) in quiet for i in range(len(parts)))
+            )
+
+        for root in list(self._registry.roots):
+            yield from unseen_weights(root, self.config, is_seen)
 
     def step(self) -> None:
         """Draw new noise from the next training forward on.
@@ -290,8 +311,8 @@ class Backend:
         return f"<gws_compile backend: {self.config.fmt}, {self.config.noise}, {len(self.graphs)} graphs>"
 
 
-class _Tables:
-    """The weights that graphs look rows up in: as Parameters, or, of fake inputs, by name and shape."""
+class _Remembered:
+    """Weights of graphs: as Parameters, or, of fake inputs, by name and shape."""
 
     def __init__(self) -> None:
         self._parameters: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -311,6 +332,10 @@ class _Tables:
         given = inputs[weight.position]
         if torch_internals.is_fake(given):
             return (weight.name, weight.shape) in self._names
+        return self.holds(given)
+
+    def holds(self, given: torch.Tensor) -> bool:
+        """Whether this Parameter has been remembered."""
         return bool(self._parameters.get(given, False))  # type: ignore[no-untyped-call]
 
 

@@ -58,7 +58,7 @@ class BitsSummary:
 
 
 class Report:
-    """The weights that a backend has seen, over all graphs compiled so far.
+    """The weights that a backend has seen, over all graphs compiled so far, and those of their models in no graph.
 
     ``print(report)`` shows a table. A weight that several graphs treat alike stands there once; one that is sampled in
     training and cast in evaluation stands there as sampled.

@@ -97,6 +97,11 @@ def checkpoint_body(node: fx.Node) -> fx.Node | None:
     return None
 
 
+def traces_recurrent_layers() -> bool:
+    """Whether Dynamo traces LSTM, GRU and RNN modules. Relies on ``torch._dynamo.config.allow_rnn``."""
+    return bool(getattr(_find("torch._dynamo", "config"), "allow_rnn", False))
+
+
 def is_higher_order(node: fx.Node) -> bool:
     """Whether a node calls a higher-order operator (its graph lies in a submodule)."""
     return isinstance(node.target, _find("torch._ops", "HigherOrderOperator"))

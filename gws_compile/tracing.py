@@ -16,18 +16,51 @@ from .compiler import Backend
 from .config import Config
 from .names import clean
 from .passes import weights_of
+from .report import Report, WeightRecord
+from .unseen import unseen_weights
 
 
 class Tracer(Backend):
-    """A backend that rewrites graphs for the record, and runs the model's own."""
+    """A backend that rewrites graphs for the record, and runs the model's own.
+
+    Attributes:
+        met: the weights that came in, each with its record, in the order of the calls.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__(replace(config, inner="eager"))
+        self.met: list[tuple[torch.Tensor, WeightRecord]] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **settings: Any) -> Callable[..., Any]:
         """Rewrite the graph and give back the model's own."""
+        before = len(self._records)
         super().__call__(gm, example_inputs)
-        return gm.forward
+        weights = zip(weights_of(self.graphs[-1]), self._records[before:], strict=True)
+        positions = [(weight.position, record) for weight, record in weights]
+
+        def forward(*args: Any) -> Any:
+            # One graph may serve several blocks, each with weights of its own.
+            self.met += [(args[position], record) for position, record in positions]
+            return gm.forward(*args)
+
+        return forward
+
+
+def explained(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], config: Config) -> Report:
+    """The report of one call, with every weight of the model; see `gws_compile.explain`."""
+    tracer = Tracer(config)
+    compiled = torch.compile(model, backend=tracer)
+    with torch.random.fork_rng():
+        compiled(*args, **kwargs)
+    if not isinstance(model, nn.Module):
+        return tracer.report()
+    root = torch_internals.unwrapped(model)
+    names: dict[int, str] = {}
+    for name, parameter in root.named_parameters():
+        names[id(parameter)] = clean(name)
+    records = [replace(record, name=names.get(id(weight), record.name)) for weight, record in tracer.met]
+    met = {id(weight) for weight, _ in tracer.met}
+    return Report([*records, *unseen_weights(root, config, lambda _, weight: id(weight) in met)])
 
 
 def trainable_weights(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -15,7 +15,8 @@ from gws_compile.names import is_parameter_source, qualified_name
 from gws_compile.sharding import ShardRange
 
 from . import operations
-from .weights import Read, Weight, known_table, set_weights
+from .computed import operand_placeholders, parameters_alone, reader_of
+from .weights import Read, Use, Weight, known_table, set_weights
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
@@ -32,8 +33,9 @@ def find_weight_reads(gm: fx.GraphModule, example_inputs: Sequence[Any], *, conf
         config: unused.
     """
     weights = _parameters(gm)
+    constants = parameters_alone(gm)
     for weight in weights:
-        _follow(weight, gm, weight.node, direct=True)
+        _Follower(weight, constants).follow(gm, weight.node)
         weight.embedded |= known_table(gm, weight)
     set_weights(gm, weights)
     return gm
@@ -74,36 +76,51 @@ def _typed_parameter(node: fx.Node) -> bool:
     return isinstance(node.type, type) and issubclass(node.type, torch.nn.Parameter)
 
 
-def _follow(weight: Weight, gm: fx.GraphModule, start: fx.Node, *, direct: bool) -> None:
-    """Record every use of the value in ``start``; ``direct`` while it is the parameter itself, not a view of it."""
-    for node in start.users:
-        body = torch_internals.checkpoint_body(node)
-        if body is not None:
-            _follow_into(weight, gm, node, body, start, direct=direct)
-        elif operations.is_read(node, start):
-            op = operations.name_of(node)
-            batch_dims = 0 if op in operations.CONVOLUTIONS else len(weight.shape) - 2
-            weight.reads.append(Read(node, op, batch_dims, _location(node)))
-        elif operations.is_in_place(node, start):
-            weight.written = True
-        elif operations.is_transparent(node, start):
-            _follow(weight, gm, node, direct=False)
-        elif operations.is_embedding(node, start):
-            weight.embedded = True
-        elif node.op == "output":
-            weight.other_uses.append("the graph's output")
-        elif not operations.is_metadata(node, start):
-            weight.other_uses.append(operations.name_of(node))
+class _Follower:
+    """Records every use of a weight."""
 
+    def __init__(self, weight: Weight, constants: set[fx.Node]) -> None:
+        self._weight = weight
+        self._constants = constants
 
-def _follow_into(
-    weight: Weight, gm: fx.GraphModule, node: fx.Node, body: fx.Node, start: fx.Node, *, direct: bool
-) -> None:
-    inner = getattr(gm, str(body.target))
-    placeholders = inner.graph.find_nodes(op="placeholder")
-    for operand, placeholder in zip(node.args[1:], placeholders, strict=False):
-        if operand is start:
-            _follow(weight, inner, placeholder, direct=direct)
+    def follow(self, gm: fx.GraphModule, start: fx.Node, batch_dims: int = 0) -> None:
+        """Look at the users of ``start``, the weight or a view of it; ``batch_dims`` of it belong to vmap."""
+        weight = self._weight
+        for node in start.users:
+            body = torch_internals.checkpoint_body(node)
+            if body is not None:
+                inner = getattr(gm, str(body.target))
+                for placeholder in operand_placeholders(inner, node, start):
+                    self.follow(inner, placeholder, batch_dims)
+            elif operations.is_read(node, start) and not self._computes(gm, node):
+                op = operations.name_of(node)
+                dims = batch_dims if op in operations.CONVOLUTIONS else len(weight.shape) - 2
+                weight.reads.append(Read(node, op, dims, _location(node)))
+            elif operations.is_in_place(node, start):
+                weight.written = True
+            elif operations.is_transparent(node, start):
+                self.follow(gm, node, batch_dims + (operations.name_of(node) == "_add_batch_dim"))
+            elif operations.is_embedding(node, start):
+                weight.embedded = True
+            elif node.op == "output":
+                weight.other_uses.append(Use("the graph's output", "", "plain"))
+            elif not operations.is_metadata(node, start):
+                self._record_other(gm, node)
+
+    def _computes(self, gm: fx.GraphModule, node: fx.Node) -> bool:
+        """Whether a matrix product makes a weight of parameters alone, such as the product of two adapters."""
+        is_product = operations.name_of(node) in operations.PRODUCTS and node in self._constants
+        return is_product and bool(reader_of(gm, node, self._constants, anywhere=False))
+
+    def _record_other(self, gm: fx.GraphModule, node: fx.Node) -> None:
+        name = operations.name_of(node)
+        kind: Literal["plain", "nested", "unknown"] = "unknown"
+        if torch_internals.is_higher_order(node):
+            kind = "nested"
+        elif name.removesuffix("_") in operations.OTHERS or name in operations.READS:
+            kind = "plain"
+        reader = reader_of(gm, node, self._constants, anywhere=name not in operations.READS)
+        self._weight.other_uses.append(Use(name, _location(node), kind, reader))
 
 
 def _location(node: fx.Node) -> str:

@@ -7,11 +7,14 @@ from typing import Any
 from torch import fx
 
 # Operation -> positions of the operands that make it a read of a weight. `linear` and convolutions read their weight
-# only: a parameter in the place of their input (learned queries, position tables) is an activation.
+# only: a parameter in the place of their input (learned queries, position tables) is an activation. Of a recurrent
+# layer, whose weights come as one list, `_positions` tells the list from the initial state.
 READS: dict[str, tuple[int, ...]] = {
     "linear": (1,),
     "bilinear": (2,),
     "matmul": (0, 1),
+    "imatmul": (1,),
+    "inner": (0, 1),
     "mm": (0, 1),
     "bmm": (0, 1),
     "mv": (0,),
@@ -33,7 +36,25 @@ READS: dict[str, tuple[int, ...]] = {
     "conv_transpose2d": (1,),
     "conv_transpose3d": (1,),
     "convolution": (1,),
+    "multi_head_attention_forward": (5, 11, 18, 19, 20),
+    "_native_multi_head_attention": (5, 7),
+    "_transformer_encoder_layer_fwd": (3, 5, 14, 16),
+    "lstm": (2, 3),
+    "gru": (2, 3),
+    "rnn_tanh": (2, 3),
+    "rnn_relu": (2, 3),
+    "lstm_cell": (2, 3),
+    "gru_cell": (2, 3),
+    "rnn_tanh_cell": (2, 3),
+    "rnn_relu_cell": (2, 3),
 }
+
+_RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
+
+# Reads whose operands are alike, so that only the rest of the graph tells the weight from the activation.
+PRODUCTS = frozenset(
+    "matmul imatmul inner mm bmm mv addmm addmv addbmm baddbmm einsum tensordot multi_dot chain_matmul".split()
+)
 
 # Keyword names of the same operands.
 _OPERAND_NAMES: dict[str, tuple[int, str]] = {
@@ -47,12 +68,17 @@ _OPERAND_NAMES: dict[str, tuple[int, str]] = {
     "mat_b": (1, "grouped_mm _grouped_mm"),
     "a": (0, "tensordot"),
     "b": (1, "tensordot"),
+    "in_proj_weight": (5, "multi_head_attention_forward"),
+    "out_proj_weight": (11, "multi_head_attention_forward"),
+    "q_proj_weight": (18, "multi_head_attention_forward"),
+    "k_proj_weight": (19, "multi_head_attention_forward"),
+    "v_proj_weight": (20, "multi_head_attention_forward"),
 }
 
 # Reads that autocast runs in its lower-precision dtype on every device.
 AUTOCAST = frozenset(
     "linear matmul mm bmm addmm addbmm baddbmm einsum conv1d conv2d conv3d conv_transpose1d conv_transpose2d "
-    "conv_transpose3d".split()
+    "conv_transpose3d multi_head_attention_forward".split()
 )
 
 CONVOLUTIONS = frozenset(name for name in READS if name.startswith("conv"))
@@ -64,7 +90,7 @@ TRANSPARENT = frozenset(
     "chunk split split_with_sizes tensor_split unsafe_split unsafe_chunk unbind narrow select slice getitem "
     "index_select clone detach alias cat concat concatenate stack hstack vstack repeat tile repeat_interleave "
     "as_strided pad flip _to_copy broadcast_to adjoint requires_grad_ data to_local full_tensor redistribute "
-    "from_local_like".split()
+    "from_local_like _add_batch_dim _wrap_for_grad".split()
 )
 
 # Of these, the ones that may change the dtype.
@@ -75,8 +101,24 @@ METADATA = frozenset(
     "size dim ndim shape stride numel nelement element_size dtype device is_contiguous is_floating_point "
     "is_complex layout requires_grad is_cuda is_cpu storage_offset zeros_like ones_like empty_like full_like "
     "rand_like randn_like new_zeros new_ones new_empty new_full new_tensor sym_size sym_stride sym_numel "
-    "get_device is_meta itemsize nbytes is_autocast_enabled _enter_autocast isinstance is_grad_enabled".split()
+    "get_device is_meta itemsize nbytes is_autocast_enabled _enter_autocast isinstance is_grad_enabled "
+    # what torch.func.grad does around the function: the weight is what it differentiates by
+    "_set_tensor_requires_grad _autograd_grad".split()
 )
+
+# Known to multiply by no weight: what else uses parameters of two or more dims in real models. Their in-place forms
+# (``add_``) take the parameter as another operand than the one they write.
+OTHERS = frozenset(
+    "add sub mul truediv div rsub neg pow exp log sqrt rsqrt square abs sin cos sigmoid tanh relu gelu silu "
+    "softplus softmax log_softmax dropout where masked_fill maximum minimum clamp lerp normalize norm vector_norm sum "
+    "mean amax amin max min layer_norm rms_norm group_norm batch_norm instance_norm _weight_norm tril triu roll "
+    "matrix_exp interpolate grid_sample gather index_put scatter scatter_add scaled_dot_product_attention eq ne lt gt "
+    "prelu".split()
+)
+
+# Between these two a transform of torch.func is at work on everything that is computed.
+TRANSFORM_BEGINS = frozenset("_vmap_increment_nesting _grad_increment_nesting _jvp_increment_nesting".split())
+TRANSFORM_ENDS = frozenset("_vmap_decrement_nesting _grad_decrement_nesting _jvp_decrement_nesting".split())
 
 _IN_PLACE_OPERATORS = frozenset(
     "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor setitem delitem".split()
@@ -114,12 +156,30 @@ def _operands(node: fx.Node, weight: fx.Node, name: str) -> set[int]:
 def is_read(node: fx.Node, weight: fx.Node) -> bool:
     """Whether the node multiplies or convolves with the value in ``weight``, one of its inputs."""
     name = name_of(node)
-    return name in READS and not _operands(node, weight, name).isdisjoint(READS[name])
+    return name in READS and not _operands(node, weight, name).isdisjoint(_positions(node, name))
+
+
+def is_weight_of(node: fx.Node, value: fx.Node) -> bool:
+    """Whether the node reads ``value`` where weights stand: in a product of two matrices, as any but the first."""
+    name = name_of(node)
+    first = READS[name][0] if name in READS else 0
+    if name in PRODUCTS and len(READS[name]) > 1 and first < len(node.args) and node.args[first] is value:
+        return _operands(node, value, name) > {first}
+    return is_read(node, value)
+
+
+def _positions(node: fx.Node, name: str) -> tuple[int, ...]:
+    if name in _RECURRENT:
+        # (input, state, weights, has_biases, ...), or with a packed sequence (data, batch_sizes, state, weights, ...)
+        return (2,) if len(node.args) > 3 and isinstance(node.args[3], bool) else (3,)
+    return READS[name]
 
 
 def is_transparent(node: fx.Node, weight: fx.Node) -> bool:
     """Whether the node's result is the value in ``weight``, rearranged, converted or joined with others."""
     name = name_of(node)
+    if name == "_add_batch_dim" and node.args[1] != 0:
+        return False  # vmap over another dim than the first: the matrices do not lie one behind the other
     return name in TRANSPARENT and _operands(node, weight, name) == {0}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from gws_compile.sampling import OPERATOR_VERSION, matrix_shape
 from gws_compile.sharding import ShardRange, from_local_like
 
 from . import operations
+from .computed import operand_placeholders
 from .weights import Weight, weights_of
 
 _LAYOUT = "gws_layout"
@@ -113,12 +114,13 @@ def sample_weights(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config:
         )
     learned = [w for w in chosen if config.learned is not None and w.trainable]
     bits = {w.position: _add_widths(gm, w, i, config) for i, w in enumerate(learned)}
+    transforms = _Transforms()
     for weight in chosen:
         is_drawn = weight in noisy
         key_node, clock_node = extra[weight.device] if is_drawn else (None, None)
         row = positions[weight.device].index(weight.position) if is_drawn else 0
         inputs = _Inputs(key_node, clock_node, bits.get(weight.position))
-        _Rewriter(weight, config, row).rewrite(gm, weight.node, inputs)
+        _Rewriter(weight, config, row, transforms).rewrite(gm, weight.node, inputs)
     for module in [gm, *gm.children()]:
         if isinstance(module, fx.GraphModule):
             module.graph.lint()
@@ -155,10 +157,41 @@ class _Inputs:
     bits: fx.Node | None
 
 
+class _Transforms:
+    """Where transforms of torch.func (vmap, grad) are at work in the graphs that are rewritten.
+
+    What is sampled inside belongs to the transform, which then refuses to map over it or to differentiate by it.
+    """
+
+    def __init__(self) -> None:
+        self._spans: dict[fx.Graph, list[tuple[fx.Node, fx.Node]]] = {}
+
+    def outside(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
+        """The node, or the begin of the outermost transform that it stands in."""
+        if graph not in self._spans:
+            self._spans[graph] = list(_outermost_transforms(graph))
+        return next((begin for begin, end in self._spans[graph] if begin < node < end), node)
+
+
+def _outermost_transforms(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
+    begins: list[fx.Node] = []
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        name = operations.name_of(node)
+        if name in operations.TRANSFORM_BEGINS:
+            begins.append(node)
+        elif name in operations.TRANSFORM_ENDS:
+            begin = begins.pop()
+            if not begins:
+                yield begin, node
+
+
 class _Rewriter:
     """Rewrites one weight in a graph and in the checkpoint bodies that the graph hands it to."""
 
-    def __init__(self, weight: Weight, config: Config, row: int) -> None:
+    def __init__(self, weight: Weight, config: Config, row: int, transforms: _Transforms) -> None:
+        self._transforms = transforms
         self._weight = weight
         self._config = config
         self._row = row
@@ -175,7 +208,7 @@ class _Rewriter:
         read = self._weight.reads[0]
         config = self._config
         shard = self._weight.shard
-        with gm.graph.inserting_before(readers[0]):
+        with gm.graph.inserting_before(self._transforms.outside(gm.graph, min(readers))):
             held = node if shard is None else gm.graph.call_method("to_local", (node,))
             sampled = gm.graph.create_node(
                 "call_function",
@@ -208,7 +241,9 @@ class _Rewriter:
         local = value if shard is None else torch_internals.local_example(value)
         for made, example in ((held, local), (sampled, local), (used, value)):
             if made is not node:
-                made.meta.update({k: v for k, v in readers[0].meta.items() if k in ("stack_trace", "nn_module_stack")})
+                made.meta.update(
+                    {k: v for k, v in min(readers).meta.items() if k in ("stack_trace", "nn_module_stack")}
+                )
                 made.meta["example_value"] = example
         sampled.meta["gws_weight"] = self._weight
         for user in readers:
@@ -231,7 +266,7 @@ class _Rewriter:
             inner = getattr(gm, str(body.target))
             return any(
                 self._leads_to_read(inner, user, placeholder)
-                for placeholder in _operand_placeholders(inner, node, operand)
+                for placeholder in operand_placeholders(inner, node, operand)
                 for user in placeholder.users
             )
         if operations.is_read(node, operand):
@@ -258,20 +293,15 @@ class _Rewriter:
             inner.meta["gws_copied"] = True
             setattr(gm, str(body.target), inner)
         inside = _Inputs(*(_as_operand(inner, node, extra) for extra in (inputs.keys, inputs.clock, inputs.bits)))
-        for placeholder in _operand_placeholders(inner, node, operand):
+        for placeholder in operand_placeholders(inner, node, operand):
             self.rewrite(inner, placeholder, inside)
-
-
-def _operand_placeholders(inner: fx.GraphModule, node: fx.Node, operand: fx.Node) -> list[fx.Node]:
-    placeholders = inner.graph.find_nodes(op="placeholder")
-    return [p for p, arg in zip(placeholders, node.args[1:], strict=False) if arg is operand]
 
 
 def _as_operand(inner: fx.GraphModule, node: fx.Node, extra: fx.Node | None) -> fx.Node | None:
     """The placeholder inside a body for an outer node, which becomes an operand of the checkpoint if it is none yet."""
     if extra is None:
         return None
-    known = _operand_placeholders(inner, node, extra)
+    known = operand_placeholders(inner, node, extra)
     if known:
         return known[0]
     node.args = (*node.args, extra)

@@ -13,7 +13,7 @@ from gws_compile.names import first_match
 from gws_compile.sampling import DTYPES, MAX_ELEMENTS
 from gws_compile.sharding import ShardRange
 
-from .weights import Weight, weights_of
+from .weights import Use, Weight, weights_of
 
 
 def select_weights(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Config) -> fx.GraphModule:
@@ -69,7 +69,18 @@ def _reason(weight: Weight, config: Config) -> str | None:
         return "no part of it lies on this rank"
     if _elements(weight) > MAX_ELEMENTS:
         return f"more than {MAX_ELEMENTS} elements: its noise would repeat"
+    return _computed(weight)
+
+
+def _computed(weight: Weight) -> str | None:
+    for use in weight.other_uses:
+        if use.computes_for:
+            return f"computed with before {use.computes_for} reads it: {use.op}{_at(use)}"
     return None
+
+
+def _at(use: Use) -> str:
+    return f" at {use.location}" if use.location else ""
 
 
 def _unread(weight: Weight) -> str:
@@ -79,7 +90,17 @@ def _unread(weight: Weight) -> str:
         return "written in place inside the graph"
     if not weight.other_uses:
         return "not used in the graph"
-    uses = ", ".join(dict.fromkeys(weight.other_uses))
+    if computed := _computed(weight):
+        return computed
+    for use in weight.other_uses:
+        if use.kind == "nested":
+            return f"inside {use.op}{_at(use)}, a higher-order operator whose body is not rewritten"
+        if use.kind == "unknown":
+            return (
+                f"used by {use.op}{_at(use)}, which gws_compile does not know: please report it with this line; if it "
+                "multiplies by the weight, it belongs into READS in gws_compile/passes/operations.py, else into OTHERS"
+            )
+    uses = ", ".join(dict.fromkeys(use.op for use in weight.other_uses))
     return f"no matrix product or convolution reads it, only: {uses}"
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import fx
@@ -37,6 +38,24 @@ class Read:
     location: str
 
 
+@dataclass(frozen=True)
+class Use:
+    """A use of a weight that is no read.
+
+    Attributes:
+        op: the operation's name.
+        location: as `Read.location`.
+        kind: ``"plain"`` for an operation that is known to multiply by no weight, ``"nested"`` for a higher-order
+            operator, ``"unknown"`` for one that the passes do not know.
+        computes_for: the operation that reads, as its weight, what this one makes of parameters alone; empty if none.
+    """
+
+    op: str
+    location: str
+    kind: Literal["plain", "nested", "unknown"]
+    computes_for: str = ""
+
+
 @dataclass
 class Weight:
     """A floating-point parameter of two or more dims, as one graph sees it.
@@ -50,7 +69,7 @@ class Weight:
         reads: where it is read.
         embedded: it is also the table of an embedding look-up.
         written: it is written in place.
-        other_uses: names of the operations that use it otherwise.
+        other_uses: what uses it otherwise.
         reason: why it is left alone; None while it is to be rewritten.
     """
 
@@ -65,7 +84,7 @@ class Weight:
     reads: list[Read] = field(default_factory=list)
     embedded: bool = False
     written: bool = False
-    other_uses: list[str] = field(default_factory=list)
+    other_uses: list[Use] = field(default_factory=list)
     reason: str | None = None
 
 
