@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,8 +36,8 @@ def reasons() -> list[list[str]]:
 
 
 def fixed_text() -> str:
-    """Every string constant of the package, one behind the other."""
-    constants = []
+    """Every string constant of the package, and the warnings that are put together of several."""
+    constants = [" ".join(parts) for parts in warnings()]
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -50,13 +51,15 @@ def _is_reason(name: str) -> bool:
 
 def _warnings(tree: ast.Module) -> Iterator[list[str]]:
     for function in [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]:
-        local = {
-            target.id: n.value
+        assigned = [
+            (target.id, n.value)
             for n in ast.walk(function)
             if isinstance(n, ast.Assign)
             for target in n.targets
             if isinstance(target, ast.Name)
-        }
+        ]
+        once = Counter(name for name, _ in assigned)
+        local = {name: value for name, value in assigned if once[name] == 1}
         parameters = {a.arg for a in function.args.args}
         for call in [n for n in ast.walk(function) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]:
             is_warning = any(isinstance(a, ast.Name) and a.id == "GwsWarning" for a in call.args)
