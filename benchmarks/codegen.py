@@ -114,7 +114,7 @@ def linear(
     rest: tuple[Any, ...],
 ) -> torch.Tensor:
     """What is compiled."""
-    w_hat = torch.ops.gws.sample_weight(w, *source, 0, 0, *settings, *rest, True, OPERATOR_VERSION)
+    w_hat = torch.ops.gws.sample_weight(w, *source, 0, *settings, *rest, True, OPERATOR_VERSION)
     return F.linear(x, w_hat.to(torch.bfloat16))
 
 
@@ -122,7 +122,7 @@ def call(case: Case) -> Call:
     """The call to compile, on large tensors that take no memory."""
     x = torch.empty(16, case.cols, dtype=torch.bfloat16, device="meta")
     w = torch.empty(case.rows, case.cols, dtype=case.dtype, device="meta")
-    source = (torch.zeros(1, 2, dtype=torch.int32), torch.zeros(3, dtype=torch.int32))
+    source = (torch.zeros(2, dtype=torch.int32), torch.zeros(3, dtype=torch.int32))
     fmt = FloatFormat.parse(case.fmt)
     settings = (fmt.spec, fmt.noise_bits, case.noise, (BLOCK, BLOCK), "floor")
     learned = torch.ones(case.rows // BLOCK, case.cols // BLOCK) if case.learned else None

@@ -74,18 +74,17 @@ class Timing:
 def sampler(case: Case, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """The operator as the backend calls it under bf16 autocast."""
     fmt = FloatFormat.parse(case.fmt)
-    keys = clock = None
+    key = clock = None
     if case.noise != "none":
-        keys = torch.tensor([[11, -12]], dtype=torch.int32, device=device)
+        key = torch.tensor([11, -12], dtype=torch.int32, device=device)
         clock = torch.tensor([7, -1, 0], dtype=torch.int32, device=device)
     spec, bits, noise, block = fmt.spec, fmt.noise_bits, case.noise, [BLOCK, BLOCK]
 
     def sample(w: torch.Tensor) -> torch.Tensor:
         return torch.ops.gws.sample_weight(
             w,
-            keys,
+            key,
             clock,
-            0,
             0,
             spec,
             bits,

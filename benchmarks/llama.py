@@ -23,8 +23,8 @@ class Size:
 SIZES = {
     "tiny": Size(layers=1, width=64, inner_width=160, heads=2, vocabulary=96, batch=2, seq=32),
     "small": Size(layers=6, width=384, inner_width=1024, heads=6, vocabulary=256, batch=8, seq=256),
-    "134m": Size(layers=12, width=768, inner_width=2048, heads=12, vocabulary=32000, batch=8, seq=1024),
-    "1b": Size(layers=18, width=2048, inner_width=5504, heads=16, vocabulary=32000, batch=4, seq=2048),
+    "134m": Size(layers=12, width=768, inner_width=2048, heads=12, vocabulary=32000, batch=16, seq=1024),
+    "1b": Size(layers=18, width=2048, inner_width=5504, heads=16, vocabulary=32000, batch=8, seq=2048),
 }
 
 

@@ -89,9 +89,10 @@ class Backend:
         if (mode or options) and config.inner != "inductor":
             raise ValueError(f"mode={mode!r} and options={options!r} are Inductor's, but inner is {config.inner!r}")
         before = sum(1 for _ in gm.graph.nodes)
-        rewritten = rewrite(
-            gm, example_inputs, config=config, is_table=lambda weight: self._tables.has(weight, example_inputs)
-        )
+        with torch_internals.timed("gws_compile.rewrite"):
+            rewritten = rewrite(
+                gm, example_inputs, config=config, is_table=lambda weight: self._tables.has(weight, example_inputs)
+            )
         self._tables.add([w for w in weights_of(rewritten) if w.embedded], example_inputs)
         self._met.add(weights_of(rewritten), example_inputs)
         records = [_record(w, config) for w in weights_of(rewritten)]
@@ -409,7 +410,7 @@ class _Runtime:
             rows = table([args[i] for i in positions])
             if not inside_backward and rows.count(self._clock.step) == MANY_FORWARDS:
                 self._checks.forwards_without_step()
-            extra += [rows.tensor, self._clock.tensor(device)]
+            extra += [*rows.tensors, self._clock.tensor(device)]
         return extra
 
 

@@ -142,23 +142,25 @@ class KeyTable:
         self._rows = ByWeights(self._make)
 
     def __call__(self, weights: Sequence[torch.Tensor]) -> KeyRows:
-        """The keys of these weights, a row each, in this order."""
+        """The keys of these weights, in this order."""
         return self._rows(weights)
 
     def _make(self, weights: Sequence[torch.Tensor]) -> KeyRows:
-        words = self._registry.words(weights, self._names)
-        return KeyRows(torch.tensor(words, dtype=torch.int32, device=self._device))
+        words = [[*row, 0, 0] for row in self._registry.words(weights, self._names)]
+        # Each of them at a multiple of 16 bytes, or Inductor would copy it at each call.
+        table = torch.tensor(words, dtype=torch.int32, device=self._device)
+        return KeyRows([row[:2] for row in table.unbind()])
 
 
 class KeyRows:
     """The keys of one set of Parameters, and how often they were used in the current draw.
 
     Attributes:
-        tensor: int32, (weights, 2).
+        tensors: int32, (2,) each.
     """
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self.tensors = tensors
         self._draw = -1
         self._uses = 0
 

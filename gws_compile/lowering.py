@@ -25,9 +25,8 @@ from .weight_loops import Loader, Loops, loops_over
 
 def _lower(
     w: Any,
-    keys: Any,
+    key: Any,
     clock: Any,
-    row: int,
     batch_dims: int,
     fmt: str,
     bits: float,
@@ -55,7 +54,7 @@ def _lower(
     load = loops.sampled_load()
     word = load_clock = None
     if noise != "none":
-        word, load_clock = _random_word(loops, whole, offset, keys, clock, row), clock.make_loader()
+        word, load_clock = _random_word(loops, whole, offset, key, clock), clock.make_loader()
 
     def element(index: Sequence[Any]) -> Value:
         y, at = load(index), loops.block_of(index)
@@ -128,14 +127,13 @@ def _load_learned(learned: Any) -> Loader:
     return lambda index: load(list(index)[len(index) - dims :])
 
 
-def _random_word(loops: Loops, whole: Sequence[int], offset: Sequence[int], keys: Any, clock: Any, row: int) -> Loader:
+def _random_word(loops: Loops, whole: Sequence[int], offset: Sequence[int], key: Any, clock: Any) -> Loader:
     """The random word of an element, by the loops' index."""
-    load_keys, load_clock = keys.make_loader(), clock.make_loader()
+    load_key, load_clock = key.make_loader(), clock.make_loader()
     element_index = loops.element_index(whole, offset)
 
     def word(index: Sequence[Any]) -> Value:
-        keys = load_keys([row, 0]), load_keys([row, 1])
-        return random_word(loops.p, element_index(index), keys, load_clock([0]))
+        return random_word(loops.p, element_index(index), (load_key([0]), load_key([1])), load_clock([0]))
 
     return word
 
@@ -143,10 +141,9 @@ def _random_word(loops: Loops, whole: Sequence[int], offset: Sequence[int], keys
 def _lower_gradient(
     grad: Any,
     w: Any,
-    keys: Any,
+    key: Any,
     clock: Any,
     learned: Any,
-    row: int,
     batch_dims: int,
     noise: str,
     block: Sequence[int],
@@ -160,7 +157,7 @@ def _lower_gradient(
     p: Primitives = InductorPrimitives()
     widths = WidthRule.parse(rule)
     loops = loops_over(w, batch_dims, block, whole, in_blocks=False)
-    word = _random_word(loops, whole, offset, keys, clock, row)
+    word = _random_word(loops, whole, offset, key, clock)
     load_grad, load_clock, load_learned = grad.make_loader(), clock.make_loader(), _load_learned(learned)
 
     def product(index: Sequence[Any]) -> Value:

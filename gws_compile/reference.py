@@ -35,9 +35,7 @@ def quantize(
     """
     config = Config.make(fmt, block=block, scale=scale, noise="none")
     matrix, batch_dims = _as_matrices("quantize", w)
-    result = sample_eager(
-        matrix, None, None, 0, batch_dims, config.fmt, config.bits, "none", config.block, config.scale
-    )
+    result = sample_eager(matrix, None, None, batch_dims, config.fmt, config.bits, "none", config.block, config.scale)
     return result.view(w.shape)
 
 
@@ -77,10 +75,10 @@ def sample(
     """
     config = Config.make(fmt, noise=noise, bits=bits, block=block, scale=scale, seed=seed)
     matrix, batch_dims = _as_matrices("sample", w)
-    keys = torch.tensor([key_words(seed, name)], dtype=torch.int32, device=w.device)
+    key = torch.tensor(key_words(seed, name), dtype=torch.int32, device=w.device)
     clock = torch.tensor([wrap_int32(step), -1], dtype=torch.int32, device=w.device)
     result = sample_eager(
-        matrix, keys, clock, 0, batch_dims, config.fmt, config.bits, config.noise, config.block, config.scale
+        matrix, key, clock, batch_dims, config.fmt, config.bits, config.noise, config.block, config.scale
     )
     return result.view(w.shape)
 

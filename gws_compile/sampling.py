@@ -70,9 +70,8 @@ def element_index(
 
 def sample_eager(
     w: torch.Tensor,
-    keys: torch.Tensor | None,
+    key: torch.Tensor | None,
     clock: torch.Tensor | None,
-    row: int,
     batch_dims: int,
     fmt: FloatFormat,
     bits: float,
@@ -103,10 +102,10 @@ def sample_eager(
         grid = block_grid(p, b, block_amax, drawing, fmt, rule, scale, w.dtype)
         amplitude = blocks.expand(width_amplitude(p, b, block_amax))
     if noise != "none":
-        assert keys is not None
+        assert key is not None
         assert clock is not None
         index = blocks.matrices(element_index(w.shape, whole or w.shape, offset or [0] * w.ndim, w.device))
-        word = random_word(p, index, (keys[row, 0], keys[row, 1]), clock[0])
+        word = random_word(p, index, (key[0], key[1]), clock[0])
         y = add_noise(p, noise, y, amplitude, word, clock[1])
     if learned is None:
         result = cast(p, y, inverse, x, fmt, scale, w.dtype)
@@ -144,10 +143,9 @@ class Blocks:
 def bits_gradient_eager(
     grad: torch.Tensor,
     w: torch.Tensor,
-    keys: torch.Tensor,
+    key: torch.Tensor,
     clock: torch.Tensor,
     learned: torch.Tensor,
-    row: int,
     batch_dims: int,
     noise: str,
     block: tuple[int, int],
@@ -161,7 +159,7 @@ def bits_gradient_eager(
     p = TorchPrimitives()
     blocks = Blocks(w, batch_dims, block)
     index = blocks.matrices(element_index(w.shape, whole or w.shape, offset or [0] * w.ndim, w.device))
-    word = random_word(p, index, (keys[row, 0], keys[row, 1]), clock[0])
+    word = random_word(p, index, (key[0], key[1]), clock[0])
     product = blocks.sum(blocks.matrices(grad) * signed_draw(p, noise, word, clock[1]))
     amax = block_maximum(blocks.matrices(w), block)
     b = width(p, learned.detach().expand(amax.shape), rule)
@@ -174,9 +172,8 @@ def bits_gradient_eager(
 @torch.library.custom_op("gws::sample_weight", mutates_args=())
 def sample_weight(
     w: torch.Tensor,
-    keys: torch.Tensor | None,
+    key: torch.Tensor | None,
     clock: torch.Tensor | None,
-    row: int,
     batch_dims: int,
     fmt: str,
     bits: float,
@@ -195,10 +192,10 @@ def sample_weight(
 
     Args:
         w: the weight, float32, bfloat16 or float16, two or more dims.
-        keys: int32, (weights, 2): the two key words of each weight. None when ``noise`` is ``"none"``.
+        key: int32, (2,): the weight's two key words. None when ``noise`` is ``"none"``. One tensor for each weight, so
+            that compilers find the kernels of weights of one shape to be the same.
         clock: int32, (3,): the number of the draw; -1 to draw or 0 to cast ``w`` as it is; -1 where learned widths are
             frozen, else 0. None likewise.
-        row: the row of ``keys`` that is this weight's.
         batch_dims: see `matrix_shape`.
         fmt: `FloatFormat.spec` of the element format.
         bits: bit width b of the noise amplitude.
@@ -222,9 +219,8 @@ def sample_weight(
     """
     sampled = sample_eager(
         w,
-        keys,
+        key,
         clock,
-        row,
         batch_dims,
         FloatFormat.parse(fmt),
         bits,
@@ -242,9 +238,8 @@ def sample_weight(
 @sample_weight.register_fake
 def _(
     w: torch.Tensor,
-    keys: torch.Tensor | None,
+    key: torch.Tensor | None,
     clock: torch.Tensor | None,
-    row: int,
     batch_dims: int,
     fmt: str,
     bits: float,
@@ -270,10 +265,9 @@ def _(
 def bits_gradient(
     grad: torch.Tensor,
     w: torch.Tensor,
-    keys: torch.Tensor,
+    key: torch.Tensor,
     clock: torch.Tensor,
     learned: torch.Tensor,
-    row: int,
     batch_dims: int,
     noise: str,
     block: list[int],
@@ -289,13 +283,13 @@ def bits_gradient(
 
     Args:
         grad: gradient of the sampled weight, of its shape.
-        w, keys, clock, learned, row, batch_dims, noise, block, rule, whole, offset, version: of `sample_weight`.
+        w, key, clock, learned, batch_dims, noise, block, rule, whole, offset, version: of `sample_weight`.
 
     Returns:
         float32, shape of ``learned``.
     """
     return bits_gradient_eager(
-        grad, w, keys, clock, learned, row, batch_dims, noise, check_block(block), WidthRule.parse(rule), whole, offset
+        grad, w, key, clock, learned, batch_dims, noise, check_block(block), WidthRule.parse(rule), whole, offset
     )
 
 
@@ -303,10 +297,9 @@ def bits_gradient(
 def _(
     grad: torch.Tensor,
     w: torch.Tensor,
-    keys: torch.Tensor,
+    key: torch.Tensor,
     clock: torch.Tensor,
     learned: torch.Tensor,
-    row: int,
     batch_dims: int,
     noise: str,
     block: list[int],
@@ -319,19 +312,19 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    w, keys, clock, row, batch_dims, _, _, noise, block, _, learned, rule, whole, offset, _, _, version = inputs
+    w, key, clock, batch_dims, _, _, noise, block, _, learned, rule, whole, offset, _, _, version = inputs
     ctx.dtype = w.dtype
     ctx.learned = learned is not None and noise != "none"
     if ctx.learned:
-        ctx.save_for_backward(w, keys, clock, learned)
-        ctx.rest = (row, batch_dims, noise, block, rule, whole, offset, version)
+        ctx.save_for_backward(w, key, clock, learned)
+        ctx.rest = (batch_dims, noise, block, rule, whole, offset, version)
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     bits = None
-    if ctx.learned and ctx.needs_input_grad[10]:
+    if ctx.learned and ctx.needs_input_grad[9]:
         bits = bits_gradient(grad, *ctx.saved_tensors, *ctx.rest)
-    return (grad.to(ctx.dtype), *[None] * 9, bits, *[None] * 6)
+    return (grad.to(ctx.dtype), *[None] * 8, bits, *[None] * 6)
 
 
 sample_weight.register_autograd(_backward, setup_context=_setup_context)

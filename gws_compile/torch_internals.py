@@ -10,6 +10,7 @@ import importlib
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -157,6 +158,12 @@ def trace_artifact(name: str, text: Callable[[], str]) -> None:
     """Add a text to torch's structured trace (``TORCH_TRACE``), which tlparse shows; made only if there is a trace."""
     trace_structured = _find("torch._logging", "trace_structured")
     trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text)
+
+
+def timed(name: str) -> AbstractContextManager[None]:
+    """Have torch's own record of compile times (``torch._dynamo.utils.compile_times``) count what runs inside."""
+    context: AbstractContextManager[None] = _find("torch._dynamo.utils", "dynamo_timed")(name)
+    return context
 
 
 def inside_backward() -> bool:

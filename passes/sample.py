@@ -26,11 +26,11 @@ _LAYOUT = "gws_layout"
 class InputLayout:
     """The inputs that the rewritten graph takes behind its own.
 
-    For each device: an int32 (weights, 2) tensor of keys and an int32 (3,) clock, in this order. Then the parameters of
+    For each device: an int32 (2,) key of each weight and an int32 (3,) clock, in this order. Then the parameters of
     learned widths.
 
     Attributes:
-        positions: per device, the input positions of the weights whose keys are the rows.
+        positions: per device, the input positions of the weights that the keys are of.
         names: per device, those weights' qualified names.
         trainable: input position, name and ``requires_grad`` of each rewritten weight, where noise depends on it.
         learned: the weights whose widths are inputs, in this order.
@@ -74,12 +74,12 @@ def sample_weights(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config:
 
     After::
 
-        sample_weight = gws.sample_weight(weight, gws_keys, gws_clock, 0, ...)
+        sample_weight = gws.sample_weight(weight, gws_key_0, gws_clock, 0, ...)
         linear(x, sample_weight, bias)
 
     A weight of which each rank holds a part (DTensor) is sampled part by part, at its place in the whole weight::
 
-        sample_weight = gws.sample_weight(weight.to_local(), gws_keys, gws_clock, 0, ..., whole, offset, ...)
+        sample_weight = gws.sample_weight(weight.to_local(), gws_key_0, gws_clock, 0, ..., whole, offset, ...)
         linear(x, from_local_like(sample_weight, weight), bias)
 
     One sample serves all reads of a weight in a graph; a read inside an activation checkpoint is sampled in the
@@ -98,7 +98,8 @@ def sample_weights(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config:
     chosen = [w for w in weights_of(gm) if w.reason is None]
     noisy = [w for w in chosen if is_noisy(w, config)]
     devices = list(dict.fromkeys(w.device for w in noisy))
-    extra: dict[torch.device, tuple[fx.Node, fx.Node]] = {}
+    keys: dict[int, fx.Node] = {}
+    clocks: dict[torch.device, fx.Node] = {}
     positions, names = {}, {}
     for i, device in enumerate(devices):
         members = [w for w in noisy if w.device == device]
@@ -106,21 +107,19 @@ def sample_weights(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config:
         names[device] = tuple(w.name for w in members)
         suffix = f"_{i}" if len(devices) > 1 else ""
         example = torch_internals.example_value(members[0].node)
-        keys = torch.zeros(len(members), 2, dtype=torch.int32, device=device)
-        clock = torch.zeros(3, dtype=torch.int32, device=device)
-        extra[device] = (
-            torch_internals.add_placeholder(gm.graph, f"gws_keys{suffix}", torch_internals.fake_like(keys, example)),
-            torch_internals.add_placeholder(gm.graph, f"gws_clock{suffix}", torch_internals.fake_like(clock, example)),
-        )
+        for weight in members:
+            key = torch_internals.fake_like(torch.zeros(2, dtype=torch.int32, device=device), example)
+            keys[weight.position] = torch_internals.add_placeholder(gm.graph, f"gws_key_{len(keys)}", key)
+        clock = torch_internals.fake_like(torch.zeros(3, dtype=torch.int32, device=device), example)
+        clocks[device] = torch_internals.add_placeholder(gm.graph, f"gws_clock{suffix}", clock)
     learned = [w for w in chosen if config.learned is not None and w.trainable]
     bits = {w.position: _add_widths(gm, w, i, config) for i, w in enumerate(learned)}
     transforms = _Transforms()
     for weight in chosen:
-        is_drawn = weight in noisy
-        key_node, clock_node = extra[weight.device] if is_drawn else (None, None)
-        row = positions[weight.device].index(weight.position) if is_drawn else 0
-        inputs = _Inputs(key_node, clock_node, bits.get(weight.position))
-        _Rewriter(weight, config, row, transforms).rewrite(gm, weight.node, inputs)
+        key = keys.get(weight.position)
+        clock_node = None if key is None else clocks[weight.device]
+        inputs = _Inputs(key, clock_node, bits.get(weight.position))
+        _Rewriter(weight, config, transforms).rewrite(gm, weight.node, inputs)
     for module in [gm, *gm.children()]:
         if isinstance(module, fx.GraphModule):
             module.graph.lint()
@@ -152,7 +151,7 @@ def is_noisy(weight: Weight, config: Config) -> bool:
 class _Inputs:
     """The nodes of a weight's inputs, in the graph that is being rewritten."""
 
-    keys: fx.Node | None
+    key: fx.Node | None
     clock: fx.Node | None
     bits: fx.Node | None
 
@@ -190,11 +189,10 @@ def _outermost_transforms(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
 class _Rewriter:
     """Rewrites one weight in a graph and in the checkpoint bodies that the graph hands it to."""
 
-    def __init__(self, weight: Weight, config: Config, row: int, transforms: _Transforms) -> None:
+    def __init__(self, weight: Weight, config: Config, transforms: _Transforms) -> None:
         self._transforms = transforms
         self._weight = weight
         self._config = config
-        self._row = row
 
     def rewrite(self, gm: fx.GraphModule, node: fx.Node, inputs: _Inputs) -> None:
         """Sample the value in ``node``, the weight in ``gm``, for all of its reads there."""
@@ -215,13 +213,12 @@ class _Rewriter:
                 torch.ops.gws.sample_weight.default,
                 (
                     held,
-                    inputs.keys,
+                    inputs.key,
                     inputs.clock,
-                    self._row,
                     read.batch_dims,
                     config.fmt.spec,
                     config.bits,
-                    config.noise if inputs.keys is not None else "none",
+                    config.noise if inputs.key is not None else "none",
                     list(config.block),
                     config.scale or "",
                     inputs.bits,
@@ -292,7 +289,7 @@ class _Rewriter:
             inner = torch_internals.copy_graph_module(inner)
             inner.meta["gws_copied"] = True
             setattr(gm, str(body.target), inner)
-        inside = _Inputs(*(_as_operand(inner, node, extra) for extra in (inputs.keys, inputs.clock, inputs.bits)))
+        inside = _Inputs(*(_as_operand(inner, node, extra) for extra in (inputs.key, inputs.clock, inputs.bits)))
         for placeholder in operand_placeholders(inner, node, operand):
             self.rewrite(inner, placeholder, inside)
 

@@ -122,3 +122,27 @@ def test_a_warm_start_is_faster() -> None:
     assert found.warm < 0.6 * found.cold
     assert found.phases["lowering"] > 0
     assert found.phases["C++ or Triton"] > 0
+
+
+def test_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One program's figures are kept, another's failure is said, and the rest goes on."""
+    everything = importlib.import_module("everything")
+    programs = {
+        "kernels": (tuple("kernels.py --device cpu --shape 32x32 --rounds 1 --no-peers --dtype float32".split()), 5),
+        "broken": (("kernels.py", "--shape", "nonsense"), 5),
+        "slow": (("-c", "import time; time.sleep(60)"), 0.01),
+    }
+    monkeypatch.setattr(everything, "ON_CPU", programs)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    everything.main([f"--out={tmp_path / 'out.json'}"])
+    kept = json.loads((tmp_path / "out.json").read_text())
+    assert kept["torch"] == torch.__version__
+    assert {name: result.get("failed") for name, result in kept["results"].items()} == {
+        "kernels": None,
+        "broken": "exit code 1",
+        "slow": "took longer than 0.01 minutes",
+    }
+    timings = kept["results"]["kernels"]["figures"]["timings"]
+    printed = capsys.readouterr().out
+    assert f"x {timings[2]['over_cast']:.2f}" in printed
+    assert "| took longer than 0.01 minutes" in printed.replace("|   ", "| ").replace("  took", " took")

@@ -28,7 +28,7 @@ from gws_compile.sampling import OPERATOR_VERSION
 
 P = TorchPrimitives()
 RULE = learned.WidthRule.of(LearnedBits())
-KEYS = torch.tensor([key_words(0, "w")], dtype=torch.int32)
+KEY = torch.tensor(key_words(0, "w"), dtype=torch.int32)
 
 
 @pytest.fixture(autouse=True)
@@ -73,10 +73,10 @@ def test_the_cheapest_format_that_reaches_a_width(width, fmt):
 def sample(
     w, parameter, rule, *, fmt="bf16", noise="none", clock=(0, 0, 0), block=(32, 32), scale="floor", batch_dims=0
 ):
-    keys = None if noise == "none" else KEYS
+    key = None if noise == "none" else KEY
     clock = None if noise == "none" else torch.tensor(clock, dtype=torch.int32)
     return torch.ops.gws.sample_weight(
-        w, keys, clock, 0, batch_dims, gws_compile.FloatFormat.parse(fmt).spec, 0.0, noise, list(block), scale,
+        w, key, clock, batch_dims, gws_compile.FloatFormat.parse(fmt).spec, 0.0, noise, list(block), scale,
         parameter, rule.spec, [], [], None, True, OPERATOR_VERSION,
     )  # fmt: skip
 
@@ -134,9 +134,8 @@ def test_compiled_equals_eager(noise):
     def run(w, b, clock):
         return torch.ops.gws.sample_weight(
             w,
-            KEYS,
+            KEY,
             clock,
-            0,
             0,
             "e8m7",
             0.0,
@@ -209,9 +208,8 @@ def test_gradient_is_the_equation(noise, granularity):
         return [
             torch.ops.gws.sample_weight(
                 w,
-                KEYS,
+                KEY,
                 clock,
-                0,
                 dims,
                 "e8m7",
                 0.0,

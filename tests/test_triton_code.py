@@ -28,7 +28,7 @@ from gws_compile.sampling import OPERATOR_VERSION
 
 pytest.importorskip("triton")
 
-KEYS = torch.tensor([[11, -12], [123456789, -987654321]], dtype=torch.int32)
+KEY = torch.tensor([123456789, -987654321], dtype=torch.int32)
 ON = torch.tensor([7, -1], dtype=torch.int32)
 OFF = torch.tensor([7, 0], dtype=torch.int32)
 LEARNING = torch.tensor([7, -1, 0], dtype=torch.int32)
@@ -45,7 +45,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 def sample(
     w: torch.Tensor,
-    keys: torch.Tensor | None,
+    key: torch.Tensor | None,
     clock: torch.Tensor | None,
     fmt: str,
     noise: str,
@@ -55,7 +55,7 @@ def sample(
     out_dtype: torch.dtype | None = None,
     shard: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
 ) -> torch.Tensor:
-    weight = (w, keys, clock, 1, batch_dims)
+    weight = (w, key, clock, batch_dims)
     rest = (None, "", *shard, out_dtype, True, OPERATOR_VERSION)
     return torch.ops.gws.sample_weight(*weight, fmt, BITS[fmt], noise, block, scale, *rest)
 
@@ -72,14 +72,12 @@ def train_step(x: torch.Tensor, inner: str) -> list[torch.Tensor]:
 def learned(w: torch.Tensor, b: torch.Tensor, clock: torch.Tensor, noise: str) -> torch.Tensor:
     """A weight with learned widths, and the cast of autocast behind it."""
     return torch.ops.gws.sample_weight(
-        w, KEYS, clock, 1, 0, "e8m7", 0.0, noise, (32, 32), "floor", b, RULE, [], [], None, True, OPERATOR_VERSION
+        w, KEY, clock, 0, "e8m7", 0.0, noise, (32, 32), "floor", b, RULE, [], [], None, True, OPERATOR_VERSION
     ).to(torch.bfloat16)
 
 
 def bits_gradient(grad: torch.Tensor, w: torch.Tensor, b: torch.Tensor, noise: str) -> torch.Tensor:
-    return torch.ops.gws.bits_gradient(
-        grad, w, KEYS, LEARNING, b, 1, 0, noise, (32, 32), RULE, [], [], OPERATOR_VERSION
-    )
+    return torch.ops.gws.bits_gradient(grad, w, KEY, LEARNING, b, 0, noise, (32, 32), RULE, [], [], OPERATOR_VERSION)
 
 
 def extrema(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,7 +128,7 @@ def sample_call(
     out_dtype: torch.dtype | None = None,
     shard: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
 ) -> Call:
-    source = (None, None) if noise == "none" else (KEYS, clock)
+    source = (None, None) if noise == "none" else (KEY, clock)
     return Call(sample, (w, *source, fmt, noise, scale, block, batch_dims, out_dtype, shard), interpret=interpret)
 
 

@@ -167,7 +167,7 @@ def sample(
     words = torch.from_numpy(np.array([*key, step, -int(enabled)], np.int64).astype(np.uint32).view(np.int32))
     dims = int(w.ndim == 3) if batch_dims is None else batch_dims
     width = fmt.noise_bits if bits is None else bits
-    return sample_eager(w, words[:2].view(1, 2), words[2:], 0, dims, fmt, width, noise, block, scale)
+    return sample_eager(w, words[:2], words[2:], dims, fmt, width, noise, block, scale)
 
 
 def random_floats(shape: int | tuple[int, ...], seed: int, exponents: tuple[int, int] = (-127, 127)) -> np.ndarray:
