@@ -123,10 +123,10 @@ def test_every_setting_is_described():
     assert all(len(text) > 20 and "\n" not in text for text in descriptions().values())
 
 
-def test_the_file_in_the_readme(tmp_path):
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+def test_the_file_in_the_documentation(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "unmodified-scripts.md").read_text()
     path = tmp_path / "gws.toml"
-    path.write_text(readme.split("```toml\n")[1].split("```")[0])
+    path.write_text(page.split("```toml\n")[1].split("```")[0])
     config = Config.make(**from_file(path))
     assert (config.fmt.name, config.learned) == ("bf16", LearnedBits(average=5.0))
 
