@@ -17,7 +17,7 @@ import tomllib
 import pytest
 import torch
 from support import messages
-from support.pages import PAGES, ROOT, Block, anchors, blocks, links, quotes, read
+from support.pages import PAGES, ROOT, Block, anchors, blocks, links, prose, quotes, read
 
 import gws_compile
 from gws_compile import torch_internals
@@ -208,6 +208,25 @@ def test_every_page_can_be_reached():
     assert set(PAGES) <= reached
 
 
+# --- Names ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_names_exist(page):
+    """Files and tests that a page names in its prose, and what it calls of the package."""
+    text = prose(read(page))
+    code = re.findall(r"`([^`\n]+)`", text)
+    tests = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+    assert [c for c in code if re.fullmatch(r"test_\w+", c) and c not in tests] == []
+    paths = [c for c in code if re.fullmatch(r"(tests|examples|benchmarks|passes|gws_compile|docs)/[\w./-]+\.\w+", c)]
+    assert [path for path in paths if not (ROOT / path).exists() and path != "gws_compile/passes/operations.py"] == []
+    public = {name for c in code for name in re.findall(r"\bgws_compile\.([A-Za-z_]+)", c)}
+    modules = {path.stem for path in (ROOT / "gws_compile").iterdir()}
+    assert {name for name in public if not hasattr(gws_compile, name)} <= modules
+    methods = {name for c in code for name in re.findall(r"\b(?:pqt|Backend)\.([A-Za-z_]+)", c)}
+    assert {n for n in methods if not hasattr(gws_compile.Backend(Config.make()), n)} == set()
+
+
 # --- Messages ---------------------------------------------------------------------------------------------------------
 
 DEBUGGING = ROOT / "docs" / "debugging.md"
@@ -215,8 +234,8 @@ DEBUGGING = ROOT / "docs" / "debugging.md"
 
 def explains(text: str, parts: list[str]) -> bool:
     place = 0
-    for part in (p for part in parts for p in re.split(r"\{\d\}", part)):
-        place = text.find(part, place)
+    for piece in re.split(r"\{\d\}", "{0}".join(parts)):
+        place = text.find(piece, place)
         if place < 0:
             return False
     return True
