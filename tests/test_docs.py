@@ -2,7 +2,7 @@
 
 ``EXPECTTEST_ACCEPT=1`` writes the listings anew. How a page marks its blocks is said in `support.pages`.
 
-Graphs are not compiled to machine code here: Inductor is stood in for by AOTAutograd alone.
+By default graphs are not compiled to machine code: AOTAutograd alone stands in for Inductor. ``-m slow`` compiles.
 """
 
 import ast
@@ -45,14 +45,15 @@ def to_check(page, *languages):
 # --- Python -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def _outside(monkeypatch, tmp_path):
+@pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def _outside(request, monkeypatch, tmp_path):
     """Another folder, no settings from outside, and no generated code."""
 
     def without_inductor(gm, example_inputs, *, mode, options):
         return torch_internals.named_compile("aot_eager", gm, example_inputs)
 
-    monkeypatch.setattr(torch_internals, "inductor_compile", without_inductor)
+    if request.param == "aot_eager":
+        monkeypatch.setattr(torch_internals, "inductor_compile", without_inductor)
     monkeypatch.chdir(tmp_path)
     for key in [k for k in os.environ if k.startswith("GWS_")]:
         monkeypatch.delenv(key)
