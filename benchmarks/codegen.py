@@ -56,7 +56,7 @@ class Figure:
         spills: loads and stores of local memory.
         bytes: an element, of tensors as large as the weight.
         libdevice: calls of functions that are none of the arithmetic here.
-        wide: 64-bit integer operations that are not for an address.
+        wide: 64-bit integer operations other than those that addresses are put together by.
     """
 
     case: str
@@ -139,9 +139,10 @@ def figures(name: str, outcome: Outcome, capability: int) -> list[Figure]:
     result = []
     for number, kernel in enumerate(compile_kernels(outcome.sources[0], capability)):
         source = re.sub(r"(?m)^\s*#.*\n", "", sources[number])
-        arithmetic = r"(?m)^\s+(?:@%p\d+ )?((?:add|sub|mul|mad|div|rem|shl|shr|and|or|xor|min|max|cvt)\.[\w.]+) "
-        addresses = {"add.s64", "mul.wide.s32", "mad.wide.s32", "cvt.s64.s32", "cvt.u64.u32", "or.b64", "shl.b64"}
-        wide = [op for op in re.findall(arithmetic, kernel.ptx) if re.search("64|wide", op) and op not in addresses]
+        # Addresses are 64 bits wide: they are added, shifted left, and converted to. All else would be arithmetic.
+        wide = re.findall(
+            r"(?m)^\s+(?:@%p\d+ )?((?:sub|mul|mad|div|rem|shr|and|xor|min|max)\.(?!wide)\S*64) ", kernel.ptx
+        )
         result.append(
             Figure(
                 name,
