@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -11,11 +12,13 @@ from .cast import STORAGE
 from .config import DEFAULT_EXCLUDE, Config
 from .keys import KeyRegistry
 from .names import clean, first_match
-from .passes import Weight
+from .passes import Weight, is_noisy
 from .warning import GwsWarning
 
 MANY_FORWARDS = 128
 """Training forwards on one sample that are more than an accumulation of gradients."""
+
+_STAGE = re.compile(r"^stage\d+\.")
 
 MANY_STEPS = 50
 """Optimizer steps after which a backend that has compiled nothing is worth a word."""
@@ -30,6 +33,7 @@ class Checks:
     def __init__(self, config: Config, registry: KeyRegistry) -> None:
         self._config = config
         self._registry = registry
+        # Weights of graphs that get no noise. Those that get some are in the registry once they were used.
         self._seen: set[str] = set()
         self._graphs = 0
         self._any_parameters = False
@@ -53,14 +57,15 @@ class Checks:
         config = self._config
         self._graphs += 1
         self._any_parameters |= has_parameters
-        self._seen.update(w.name for w in weights)
+        self._seen.update(w.name for w in weights if w.reason is not None or not is_noisy(w, config))
         self._covered = False
         for pattern in config.include or ():
             self._check_include(pattern, weights)
-        if config.exclude != DEFAULT_EXCLUDE:
-            for pattern in config.exclude:
-                if weights and not self._matching("exclude", pattern, weights):
-                    self._say_unmatched("exclude", pattern, weights)
+        for pattern in config.exclude:
+            # The default patterns are for all models, also where a user adds own ones to them.
+            own = pattern not in DEFAULT_EXCLUDE
+            if own and weights and not self._matching("exclude", pattern, weights):
+                self._say_unmatched("exclude", pattern, weights)
         if any(w.reason is None for w in weights):
             self._any_rewritten = True
         self._check_precision([w for w in weights if w.reason is None])
@@ -114,7 +119,8 @@ class Checks:
         """Weights of a model that got a gradient without being in any graph, where noise is what the user asked for."""
         config = self._config
         tables = {id(m.weight) for m in root.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
-        named = {name.partition("#")[0] for name, _ in self._registry.items()}
+        # Stages of a pipeline have a prefix that their modules do not know.
+        named = {_STAGE.sub("", name.partition("#")[0]) for name, _ in self._registry.items()}
         for name, parameter in ((clean(n), p) for n, p in root.named_parameters()):
             if parameter.ndim < 2 or parameter.grad is None or id(parameter) in tables or name in named:
                 continue

@@ -277,3 +277,44 @@ def test_weights_trained_outside_of_every_graph_are_named():
         step(include=["up.weight", "down.weight"])
     with pytest.raises(ValueError, match=r"strict=True: weights that are trained without noise.*tail.weight"):
         step(include=["*"], exclude=None, strict=True)
+
+
+class Numbered(nn.Module):
+    """A block that Dynamo compiles anew for each number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+        self.fc = nn.Linear(8, 8, bias=False)
+
+    def forward(self, x):
+        return self.fc(x) * (self.number + 1)
+
+
+def test_blocks_that_the_recompile_limit_leaves_eager_are_named():
+    """Their weights are called as those of the blocks that are compiled: a name in a graph says nothing of them."""
+    torch._dynamo.reset()
+    model = nn.Sequential(*(Numbered(i) for i in range(4)))
+    backend = gws_compile.backend(inner="eager")
+    for block in model:
+        block.compile(backend=backend)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with torch._dynamo.config.patch(recompile_limit=2), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model(torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+    (said,) = [str(w.message) for w in caught if issubclass(w.category, gws_compile.GwsWarning)]
+    assert "trained without noise, since no compiled graph has them: 2.fc.weight, 3.fc.weight. Part of" in said
+
+
+def test_own_patterns_beside_the_default_ones():
+    """The default patterns need not match; a pattern of one's own that does not is said."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    exclude = ("0.*", *gws_compile.DEFAULT_EXCLUDE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", gws_compile.GwsWarning)
+        torch.compile(model, backend=gws_compile.backend(inner="eager", exclude=exclude))(torch.ones(2, 8))
+    torch._dynamo.reset()
+    with pytest.warns(gws_compile.GwsWarning, match=r"exclude='2\.\*' has matched no weight so far"):
+        torch.compile(model, backend=gws_compile.backend(inner="eager", exclude=("2.*", *exclude)))(torch.ones(2, 8))
