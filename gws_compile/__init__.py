@@ -9,6 +9,7 @@ from .config import DEFAULT_EXCLUDE
 from .entry_point import named_backend
 from .formats import FORMATS, FloatFormat
 from .learned import LearnedBits
+from .metrics import Metrics, WeightMetrics
 from .reference import quantize, sample
 from .report import BitsSummary, Report, WeightRecord
 from .warning import GwsWarning
@@ -22,7 +23,9 @@ __all__ = [
     "FloatFormat",
     "GwsWarning",
     "LearnedBits",
+    "Metrics",
     "Report",
+    "WeightMetrics",
     "WeightRecord",
     "backend",
     "explain",

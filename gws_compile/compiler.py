@@ -20,9 +20,11 @@ from .checks import MANY_FORWARDS, Checks
 from .clock import Clock
 from .config import Config
 from .keys import KeyRegistry, KeyTable
+from .metrics import Draw, Metrics, measure
 from .optimizers import after_each_step
 from .passes import InputLayout, Weight, input_layout, is_noisy, rewrite, weights_of
 from .report import Report, WeightRecord
+from .sampled import Found, SampledWeights
 from .width_table import WidthTable
 
 log = logging.getLogger("gws_compile")
@@ -51,6 +53,7 @@ class Backend:
         self._records: list[WeightRecord] = []
         self._tables = _Tables()
         self._registry = KeyRegistry(config.seed)
+        self._sampled = SampledWeights(self._registry)
         self._clock = Clock()
         self._checks = Checks(config, self._registry)
         if config.resample == "step":
@@ -117,10 +120,19 @@ class Backend:
         added = rewritten.graph.find_nodes(op="placeholder")[len(example_inputs) :]
         extra = [torch_internals.example_value(node) for node in added]
         compiled = self._compile(rewritten, [*example_inputs, *extra], mode, options)
-        if not layout.trainable and not layout.learned:
+        chosen = [w for w in weights_of(rewritten) if w.reason is None]
+        if not chosen:
             return compiled  # nothing depends on the call
         widths = None if self._bits is None else WidthTable(self._bits, self._registry, layout.learned)
-        return _Runtime(compiled, layout, extra, self._registry, self._clock, self._checks, widths, config)
+        positions = [w.position for w in chosen]
+        noisy = [is_noisy(w, config) for w in chosen]
+        keys = KeyTable(
+            self._registry,
+            layout.names,
+            {device: [positions.index(i) for i in keyed] for device, keyed in layout.positions.items()},
+            lambda tensors: self._sampled.note(tensors, chosen, noisy),
+        )
+        return _Runtime(compiled, layout, extra, positions, keys, self._clock, self._checks, widths, config)
 
     def _compile(
         self, gm: fx.GraphModule, inputs: Sequence[Any], mode: str | None, options: dict[str, Any] | None
@@ -138,6 +150,26 @@ class Backend:
     def report(self) -> Report:
         """Every weight seen so far: rewritten, or why not."""
         return Report(self._records, None if self._bits is None else self._bits.summary())
+
+    def metrics(self) -> Metrics:
+        """What the cast and the noise do to each sampled weight as it is now; see `gws_compile.WeightMetrics`.
+
+        Computed in eager torch, outside every graph: nothing is compiled again, no random number is drawn, nothing is
+        kept for autograd. The weights are those that compiled graphs have been called with: tied ones stand there once,
+        frozen ones without noise. The noise is that of the last forward's draw. On a GPU it synchronizes.
+
+        Sharded weights (DTensor: FSDP2, tensor parallelism) are gathered one by one: all ranks have to call it, and get
+        the metrics of the whole weights.
+        """
+        draw = Draw(self.config, self._clock.step, self._clock.frozen)
+        with torch.no_grad():
+            return Metrics([measure(found, *self._widths_of(found), draw) for found in self._sampled], draw.step)
+
+    def _widths_of(self, found: Found) -> tuple[torch.Tensor | None, float]:
+        """The parameter of a weight's learned widths, None while there is none, and its average bit width."""
+        if self._bits is None or (entry := self._bits.entry(found.tensor, found.name)) is None:
+            return None, self.config.bits
+        return entry.parameter, self._bits.average_of(entry)
 
     def step(self) -> None:
         """Draw new noise from the next training forward on.
@@ -328,7 +360,8 @@ class _Runtime:
         compiled: Callable[..., Any],
         layout: InputLayout,
         examples: Sequence[Any],
-        registry: KeyRegistry,
+        weights: Sequence[int],
+        keys: KeyTable,
         clock: Clock,
         checks: Checks,
         widths: WidthTable | None,
@@ -339,26 +372,28 @@ class _Runtime:
         self._learned = [learned.position for learned in layout.learned]
         self._examples = examples
         self._trainable = layout.trainable
+        self._weights = weights
+        self._keys = keys
         self._clock = clock
         self._checks = checks
         self._forward = config.resample == "forward"
-        self._tables = [
-            (device, positions, KeyTable(registry, layout.names[device], device))
-            for device, positions in layout.positions.items()
-        ]
-        self._weights = sorted({*self._learned, *(i for positions in layout.positions.values() for i in positions)})
 
     def __call__(self, *args: Any) -> Any:
-        if any(torch_internals.is_fake(args[i]) for i in self._weights):
+        weights = [args[i] for i in self._weights]
+        if any(map(torch_internals.is_fake, weights)):
             # DDP's graph splitting runs the graph once on fake tensors, which are nobody's weights; and a clock made
             # now would be a fake tensor too.
             return self._compiled(*args, *self._examples)
-        extra = self._draw(args) if self._trainable else []
+        if self._trainable:
+            extra = self._draw(args, weights)
+        else:
+            self._keys(weights)
+            extra = []
         if self._widths is not None:
             extra += self._widths([args[i] for i in self._learned])
         return self._compiled(*args, *extra)
 
-    def _draw(self, args: Sequence[Any]) -> list[torch.Tensor]:
+    def _draw(self, args: Sequence[Any], weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Keys and clock of a training forward."""
         for position, name, trainable in self._trainable:
             if args[position].requires_grad != trainable:
@@ -380,8 +415,7 @@ class _Runtime:
                 'checkpoint inside the compiled region, or use resample="step"'
             )
         extra = []
-        for device, positions, table in self._tables:
-            rows = table([args[i] for i in positions])
+        for device, rows in self._keys(weights).items():
             if not inside_backward and rows.count(self._clock.step) == MANY_FORWARDS:
                 self._checks.forwards_without_step()
             extra += [rows.tensor, self._clock.tensor(device)]

@@ -219,6 +219,16 @@ def shard_groups(value: torch.Tensor) -> tuple[Any, ...]:
     return tuple(mesh.get_group(dim) for dim, placement in enumerate(value.placements) if placement.is_shard())
 
 
+def whole_tensor(value: torch.Tensor) -> torch.Tensor:
+    """The whole of a DTensor, gathered by all of its ranks together; a plain tensor as it is."""
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import DTensor
+
+        if isinstance(value, DTensor):
+            return value.full_tensor()
+    return value
+
+
 def at_end_of_backward(callback: Callable[[], None]) -> None:
     """Call back when the backward that is running has ended. Relies on ``Variable._execution_engine``."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
