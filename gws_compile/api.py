@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
-
 from .compiler import Backend
 from .config import DEFAULT_EXCLUDE, Backward, Config, Inner, Noise, Resample, Scale
 from .formats import FloatFormat
@@ -101,11 +99,10 @@ def explain(
         **kwargs: the call's keyword arguments.
 
     Returns:
-        The report: every weight, rewritten or with the reason why not.
+        The report: every weight, rewritten or with the reason why not; graphs, graph breaks and recompilations.
+        `Report.to_html` makes a page of it.
     """
     config = Config.make(fmt) if backend is None else backend.config
     tracer = Tracer(config)
-    compiled = torch.compile(model, backend=tracer)
-    with torch.random.fork_rng():
-        compiled(*args, **kwargs)
+    tracer.run(model, args, kwargs)
     return tracer.report()

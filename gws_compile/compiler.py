@@ -19,12 +19,14 @@ from .bit_widths import BitWidths
 from .checks import MANY_FORWARDS, Checks
 from .clock import Clock
 from .config import Config
+from .histograms import Histogram, histogram
 from .keys import KeyRegistry, KeyTable
 from .metrics import Draw, Metrics, measure
 from .optimizers import after_each_step
-from .passes import InputLayout, Weight, input_layout, is_noisy, rewrite, weights_of
-from .report import Report, WeightRecord
+from .passes import InputLayout, Read, Weight, input_layout, is_noisy, rewrite, weights_of
+from .report import GraphBreak, GraphRecord, ReadRecord, Report, WeightRecord
 from .sampled import Found, SampledWeights
+from .source_lines import location_of, source_of
 from .width_table import WidthTable
 
 log = logging.getLogger("gws_compile")
@@ -51,6 +53,7 @@ class Backend:
         self.config = config
         self.graphs: list[fx.GraphModule] = []
         self._records: list[WeightRecord] = []
+        self._traced: list[GraphRecord] = []
         self._tables = _Tables()
         self._registry = KeyRegistry(config.seed)
         self._sampled = SampledWeights(self._registry)
@@ -99,6 +102,8 @@ class Backend:
         self._records += records
         number = len(self.graphs)
         self.graphs.append(rewritten)
+        text = gm.print_readable(print_output=False)  # the graph itself goes when it is compiled
+        self._traced.append(_graph_record(number, gm, text, rewritten))
         count = sum(r.rewritten for r in records)
         log.info(
             "graph %d: %d weights found, %d rewritten; %d nodes before, %d after",
@@ -110,10 +115,10 @@ class Backend:
         )
         for record in records:
             log.debug("graph %d: %s: %s", number, record.name, record.reason or "rewritten")
-        for name, graph in (("before", gm), ("after", rewritten)):
-            torch_internals.trace_artifact(
-                f"gws_compile_{name}_{number}", partial(graph.print_readable, print_output=False)
-            )
+        torch_internals.trace_artifact(f"gws_compile_before_{number}", lambda: text)
+        torch_internals.trace_artifact(
+            f"gws_compile_after_{number}", partial(rewritten.print_readable, print_output=False)
+        )
 
         layout = input_layout(rewritten)
         # Fake tensors of fixed shape: AOTAutograd gives real inputs without a source symbolic sizes.
@@ -148,8 +153,22 @@ class Backend:
         return torch_internals.named_compile(inner, gm, inputs)
 
     def report(self) -> Report:
-        """Every weight seen so far: rewritten, or why not."""
-        return Report(self._records, None if self._bits is None else self._bits.summary())
+        """Every weight seen so far, rewritten or why not, and the graphs; `Report.to_html` makes a page of it."""
+        return Report(
+            self._records,
+            None if self._bits is None else self._bits.summary(),
+            graphs=self._traced,
+            settings=self.config.texts(),
+            histograms=self._histograms,
+        )
+
+    def _histograms(self, count: int) -> list[Histogram]:
+        """Of some of the sampled weights that are alive, evenly spread."""
+        found = list(self._sampled)
+        draw = Draw(self.config, self._clock.step, self._clock.frozen)
+        chosen = found if len(found) <= count else [found[i * len(found) // count] for i in range(count)]
+        with torch.no_grad():
+            return [histogram(one, self._widths_of(one)[0], draw) for one in chosen]
 
     def metrics(self) -> Metrics:
         """What the cast and the noise do to each sampled weight as it is now; see `gws_compile.WeightMetrics`.
@@ -167,8 +186,11 @@ class Backend:
 
     def _widths_of(self, found: Found) -> tuple[torch.Tensor | None, float]:
         """The parameter of a weight's learned widths, None while there is none, and its average bit width."""
-        if self._bits is None or (entry := self._bits.entry(found.tensor, found.name)) is None:
+        if self._bits is None:
             return None, self.config.bits
+        entry = self._bits.entry(found.tensor, found.name)
+        if entry is None:  # none yet: b_i starts at 1, where the width is `LearnedBits.init`
+            return torch.ones((), device=found.value.device), self._bits.rule.init
         return entry.parameter, self._bits.average_of(entry)
 
     def step(self) -> None:
@@ -427,6 +449,27 @@ def _has_parameters(gm: fx.GraphModule) -> bool:
     return any("_parameters[" in source for source in sources)
 
 
+def _graph_record(number: int, gm: fx.GraphModule, before: str, rewritten: fx.GraphModule) -> GraphRecord:
+    compile_id, recompiled = torch_internals.compilation()
+    ended = torch_internals.graph_break(gm)
+    sources = (source_of(node) for node in gm.graph.nodes)
+    return GraphRecord(
+        number=number,
+        compile_id=compile_id,
+        location=next((source.stack[0] for source in sources if source.stack), ""),
+        gradients=torch.is_grad_enabled(),
+        graph_break=None if ended is None else GraphBreak(ended[0], location_of(ended[1])),
+        recompiled=recompiled,
+        before=before,
+        graph=rewritten,
+    )
+
+
+def _read_record(read: Read) -> ReadRecord:
+    source = source_of(read.node)
+    return ReadRecord(read.op, source.location, source.code, source.stack)
+
+
 def _record(weight: Weight, config: Config) -> WeightRecord:
     rewritten = weight.reason is None
     noisy = rewritten and is_noisy(weight, config)
@@ -441,4 +484,5 @@ def _record(weight: Weight, config: Config) -> WeightRecord:
         bits=config.bits if noisy and config.learned is None else None,
         noise=(config.noise if noisy else "none") if rewritten else "",
         location=weight.reads[0].location if weight.reads else "",
+        reads=tuple(map(_read_record, weight.reads)),
     )

@@ -173,14 +173,16 @@ class Part:
     largest: torch.Tensor
 
 
-def parts(found: Found, parameter: torch.Tensor | None, draw: Draw) -> Iterator[Part]:
+def parts(found: Found, parameter: torch.Tensor | None, draw: Draw, *, chunk: int | None = None) -> Iterator[Part]:
     """Sample a weight part by part, as the compiled graphs do, bit for bit.
 
     Args:
         found: the weight. A DTensor is gathered, which every rank has to take part in.
         parameter: that of its learned widths, see `gws_compile.learned.parameter_shape`; None for a fixed width.
         draw: how.
+        chunk: elements that come together, about.
     """
+    chunk = chunk or _CHUNK
     config = draw.config
     value = whole_tensor(found.value).to(found.dtype)
     count, rows, cols = whole = matrix_shape(value.shape, found.batch_dims)
@@ -191,8 +193,8 @@ def parts(found: Found, parameter: torch.Tensor | None, draw: Draw) -> Iterator[
         parameter = parameter.detach().view(count, -(-rows // side), -1)
     keys = torch.tensor([key_words(config.seed, found.name)], dtype=torch.int32, device=w.device)
     clock = torch.tensor([wrap_int32(draw.step), -1, -int(draw.frozen)], dtype=torch.int32, device=w.device)
-    height = max(_CHUNK // cols // side, 1) * side
-    depth = max(_CHUNK // (rows * cols), 1)
+    height = max(chunk // cols // side, 1) * side
+    depth = max(chunk // (rows * cols), 1)
     for first in range(0, count, depth):
         for start in range(0, rows, height):
             part = w[first : first + depth, start : start + height]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -146,6 +147,37 @@ def mark_recompute(node: fx.Node, group: int) -> None:
     policy = _find("torch.utils.checkpoint", "CheckpointPolicy")
     node.meta["recompute"] = policy.MUST_RECOMPUTE
     node.meta["ac_graph_id"] = group
+
+
+def graph_break(gm: fx.GraphModule) -> tuple[str, list[traceback.FrameSummary]] | None:
+    """Why Dynamo ended a graph early, and the user's stack there; None for one that ends where its function does.
+
+    Relies on ``GraphModule.compile_subgraph_reason``, which `torch._dynamo.explain` reads too.
+    """
+    cause = getattr(gm, "compile_subgraph_reason", None)
+    if cause is None or not getattr(cause, "graph_break", False):
+        return None
+    return str(cause.reason), list(cause.user_stack)
+
+
+def compilation() -> tuple[str, str]:
+    """Inside a backend: which compilation it is, ``"frame/number"``, and why its frame is compiled again, if it is.
+
+    Relies on ``CompileContext.current_compile_id`` and on the ``recompile_reason`` of the compilation metrics.
+    """
+    number = _find("torch._guards", "CompileContext").current_compile_id()
+    metrics = _find("torch._dynamo.utils", "get_metrics_context")()
+    reason = getattr(metrics, "_metrics", {}).get("recompile_reason") or ""
+    # What was compiled before for another backend is no reason: nothing is compiled twice for this one.
+    return "" if number is None else str(number), "" if "BACKEND_MATCH" in reason else reason
+
+
+def not_traced() -> dict[str, int]:
+    """What made Dynamo leave a frame so far in this process: cause -> how often.
+
+    Relies on ``torch._dynamo.utils.counters["unimplemented"]``.
+    """
+    return dict(_find("torch._dynamo.utils", "counters")["unimplemented"])
 
 
 def trace_artifact(name: str, text: Callable[[], str]) -> None:
