@@ -26,7 +26,7 @@ from .optimizers import after_each_step
 from .passes import InputLayout, Read, Weight, input_layout, is_noisy, rewrite, weights_of
 from .report import GraphBreak, GraphRecord, ReadRecord, Report, WeightRecord
 from .sampled import Found, SampledWeights
-from .source_lines import location_of, source_of
+from .source_lines import location_of, source_of, without_wrappers
 from .width_table import WidthTable
 
 log = logging.getLogger("gws_compile")
@@ -135,7 +135,7 @@ class Backend:
             self._registry,
             layout.names,
             {device: [positions.index(i) for i in keyed] for device, keyed in layout.positions.items()},
-            lambda tensors: self._sampled.note(tensors, chosen, noisy),
+            partial(self._sampled.note, weights=chosen, draws=noisy),
         )
         return _Runtime(compiled, layout, extra, positions, keys, self._clock, self._checks, widths, config)
 
@@ -452,11 +452,11 @@ def _has_parameters(gm: fx.GraphModule) -> bool:
 def _graph_record(number: int, gm: fx.GraphModule, before: str, rewritten: fx.GraphModule) -> GraphRecord:
     compile_id, recompiled = torch_internals.compilation()
     ended = torch_internals.graph_break(gm)
-    sources = (source_of(node) for node in gm.graph.nodes)
+    stacks = (source_of(node).stack for node in gm.graph.nodes)
     return GraphRecord(
         number=number,
         compile_id=compile_id,
-        location=next((source.stack[0] for source in sources if source.stack), ""),
+        location=next((without_wrappers(stack)[0] for stack in stacks if stack), ""),
         gradients=torch.is_grad_enabled(),
         graph_break=None if ended is None else GraphBreak(ended[0], location_of(ended[1])),
         recompiled=recompiled,

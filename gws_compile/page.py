@@ -17,6 +17,7 @@ from torch import fx
 from .drawing import Drawing, draw
 from .histograms import Histogram
 from .report import GraphRecord, Report
+from .source_lines import without_wrappers
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _PLOT = (420, 120)
@@ -56,13 +57,13 @@ def _short_path(location: str) -> str:
 
 
 def _shown(stack: Sequence[str]) -> Sequence[str]:
-    """The two innermost callers that are no decorators' wrappers, where there are such."""
-    return ([line for line in stack if not line.endswith(" in wrapper")] or stack)[-2:]
+    """The two innermost callers."""
+    return without_wrappers(stack)[-2:]
 
 
 def _breakable(name: str) -> Markup:
-    """A name that may be broken behind its dots and slashes."""
-    return Markup(re.sub(r"([./])", r"\1<wbr>", str(escape(name))))
+    """A name that may be broken behind its dots; a path, behind its slashes."""
+    return Markup(re.sub(r"(/)" if "/" in name else r"([.])", r"\1<wbr>", str(escape(name))))
 
 
 @dataclass(frozen=True)

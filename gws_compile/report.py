@@ -110,7 +110,7 @@ class GraphRecord:
     Attributes:
         number: from 0, in the order of tracing.
         compile_id: Dynamo's ``"frame/number"``; a number above 0 is a recompilation.
-        location: ``file:line in function`` of its first operation's outermost caller.
+        location: ``file:line in function`` of its first operation's outermost caller, decorators' wrappers left out.
         gradients: traced with gradients enabled.
         graph_break: what ended it early; None where it ends with its function.
         recompiled: why its frame was compiled again: the guard that failed; empty for a first compilation.

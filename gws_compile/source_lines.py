@@ -37,6 +37,11 @@ def source_of(node: fx.Node) -> Source:
     return Source(stack, frames[-1][3].strip() if frames else "")
 
 
+def without_wrappers(stack: Sequence[str]) -> Sequence[str]:
+    """The callers that are no decorators' wrappers; all of them where there are no others."""
+    return [line for line in stack if not line.endswith(" in wrapper")] or stack
+
+
 def location_of(stack: Sequence[traceback.FrameSummary]) -> str:
     """The innermost frame of a stack as ``file:line in function``; empty where there is none."""
     return f"{stack[-1].filename}:{stack[-1].lineno} in {stack[-1].name}" if stack else ""
