@@ -402,7 +402,7 @@ class _Runtime:
 
     def __call__(self, *args: Any) -> Any:
         weights = [args[i] for i in self._weights]
-        if any(map(torch_internals.is_fake, weights)):
+        if torch_internals.any_fake(weights):
             # DDP's graph splitting runs the graph once on fake tensors, which are nobody's weights; and a clock made
             # now would be a fake tensor too.
             return self._compiled(*args, *self._examples)

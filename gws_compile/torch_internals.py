@@ -130,6 +130,12 @@ def is_fake(value: object) -> bool:
     return isinstance(value, _find("torch._subclasses.fake_tensor", "FakeTensor"))
 
 
+def any_fake(values: Sequence[object]) -> bool:
+    """Whether one of the values `is_fake`; asked in every call, so each type is asked once."""
+    fake = _find("torch._subclasses.fake_tensor", "FakeTensor")
+    return any(issubclass(kind, fake) for kind in set(map(type, values)))
+
+
 def fake_like(value: torch.Tensor, example: object) -> object:
     """A fake form of ``value`` in the mode of ``example``, for a placeholder's metadata; ``value`` if it has no mode.
 
