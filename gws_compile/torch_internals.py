@@ -186,6 +186,15 @@ def not_traced() -> dict[str, int]:
     return dict(_find("torch._dynamo.utils", "counters")["unimplemented"])
 
 
+def raised_by_backend(error: BaseException) -> BaseException:
+    """What a backend raised, out of what Dynamo makes of it; every other error as it is.
+
+    Relies on ``BackendCompilerFailed.inner_exception``.
+    """
+    failed = _find("torch._dynamo.exc", "BackendCompilerFailed")
+    return error.inner_exception if isinstance(error, failed) else error
+
+
 def trace_artifact(name: str, text: Callable[[], str]) -> None:
     """Add a text to torch's structured trace (``TORCH_TRACE``), which tlparse shows; made only if there is a trace."""
     trace_structured = _find("torch._logging", "trace_structured")

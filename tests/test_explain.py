@@ -425,6 +425,7 @@ def test_every_way_to_give_a_call(factory, capsys, arguments):
         (["made:alone", "--input", "2:int"], "unknown dtype 'int'; accepted: float32"),
         (["made:alone", "--input", "2:float32:4"], "is for integers"),
         (["made:alone", "--fmt", "fp9"], "unknown format 'fp9'"),
+        (["made:with_args", "--strict", "--exclude", "*weight"], "strict=True, and no weight was rewritten"),
         (["made:alone", "--json", "no/such/report.json"], "there is no such folder"),
         (["made:alone", "--html", "no/such/report.html"], "there is no such folder"),
     ],

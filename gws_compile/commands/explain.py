@@ -14,6 +14,7 @@ from ..api import backend, explain
 from ..compiler import Backend
 from ..example_call import BadFactoryError, ExampleCall, build
 from ..report import Report
+from ..torch_internals import raised_by_backend
 from .options import UsageError, add_settings, export_settings
 
 _DESCRIPTION = """\
@@ -94,6 +95,9 @@ def _explain(call: ExampleCall, chosen: Backend) -> Report:
     try:
         return explain(call.model, *call.args, backend=chosen, **call.kwargs)
     except Exception as error:
+        raised = raised_by_backend(error)
+        if raised is not error and isinstance(raised, ValueError):  # strict, or a shard that cuts a block
+            raise UsageError(str(raised)) from None
         if not call.args and not call.kwargs:
             raise UsageError(
                 f"the model's call without arguments failed ({type(error).__name__}: {error}): give it --input, have "
