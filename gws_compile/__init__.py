@@ -9,8 +9,9 @@ from .config import DEFAULT_EXCLUDE
 from .entry_point import named_backend
 from .formats import FORMATS, FloatFormat
 from .learned import LearnedBits
+from .metrics import Metrics, WeightMetrics
 from .reference import quantize, sample
-from .report import BitsSummary, Report, WeightRecord
+from .report import BitsSummary, GraphBreak, GraphRecord, ReadRecord, Report, WeightRecord
 from .warning import GwsWarning
 
 __version__ = "0.1.0"
@@ -20,9 +21,14 @@ __all__ = [
     "Backend",
     "BitsSummary",
     "FloatFormat",
+    "GraphBreak",
+    "GraphRecord",
     "GwsWarning",
     "LearnedBits",
+    "Metrics",
+    "ReadRecord",
     "Report",
+    "WeightMetrics",
     "WeightRecord",
     "backend",
     "explain",

@@ -101,7 +101,8 @@ def explain(
         **kwargs: the call's keyword arguments.
 
     Returns:
-        The report: every weight, rewritten or with the reason why not.
+        The report: every weight, rewritten or with the reason why not; graphs, graph breaks and recompilations.
+        `Report.to_html` makes a page of it.
     """
     config = Config.make(fmt) if backend is None else backend.config
     return explained(model, args, kwargs, config)

@@ -134,6 +134,11 @@ class BitWidths:
         entry = self.entries[name] = Entry(parameter, shape, elements, blocks, weakref.ref(weight))
         return entry
 
+    def entry(self, weight: torch.Tensor, name: str) -> Entry | None:
+        """What there is of a weight, by its unique name; None for one without learned widths."""
+        prepared: str | None = self._prepared.get(weight)  # type: ignore[no-untyped-call]
+        return self.entries.get(prepared or name)
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name (the weight's, and ``.bits``) and b_i."""
         for name, entry in self.entries.items():
@@ -163,6 +168,11 @@ class BitWidths:
             by_weight=by_weight,
         )
 
+    def average_of(self, entry: Entry) -> float:
+        """A weight's average width over its elements."""
+        elements = entry.elements.double()
+        return float((self.rule.widths(entry.parameter).double() * elements).sum() / elements.sum())
+
     def _summary(self, entry: Entry) -> BitsSummary:
         widths, elements = self.rule.widths(entry.parameter).double(), entry.elements.double()
         index, total = self.rule.index(widths), elements.sum()
@@ -171,7 +181,7 @@ class BitWidths:
         scaled = torch.tensor([fmt.scaled for fmt in self.rule.formats], device=index.device)[index]
         blocks = entry.blocks if widths.ndim == 0 else 1
         return BitsSummary(
-            average=float((widths * elements).sum() / total),
+            average=self.average_of(entry),
             share={fmt.name: n / float(total) for n, fmt in zip(counts, self.rule.formats, strict=True)},
             stored_bytes=round(stored + int(scaled.sum()) * blocks),
             by_weight={},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
@@ -22,7 +23,7 @@ class ByWeights(Generic[T]):
         """The value of these weights, made at their first call."""
         ids = tuple(map(id, weights))
         found = self._kept.get(ids)
-        if found is not None and all(ref() is w for ref, w in zip(found[0], weights, strict=True)):
+        if found is not None and all(map(operator.is_, map(operator.call, found[0]), weights)):
             return found[1]
         # Ids of dead Parameters are used again: drop what no longer matches, so that the values do not pile up either.
         self._kept = {k: v for k, v in list(self._kept.items()) if all(ref() is not None for ref in v[0])}

@@ -19,10 +19,14 @@ from .bit_widths import BitWidths
 from .checks import MANY_FORWARDS, Checks
 from .clock import Clock
 from .config import Config
+from .histograms import Histogram, histogram
 from .keys import KeyRegistry, KeyTable
+from .metrics import Draw, Metrics, measure
 from .optimizers import after_each_step
-from .passes import InputLayout, Weight, input_layout, is_noisy, rewrite, weights_of
-from .report import Report, WeightRecord
+from .passes import InputLayout, Read, Weight, input_layout, is_noisy, rewrite, weights_of
+from .report import GraphBreak, GraphRecord, ReadRecord, Report, WeightRecord
+from .sampled import Found, SampledWeights
+from .source_lines import location_of, source_of, without_wrappers
 from .unseen import unseen_weights
 from .width_table import WidthTable
 
@@ -50,9 +54,11 @@ class Backend:
         self.config = config
         self.graphs: list[fx.GraphModule] = []
         self._records: list[WeightRecord] = []
+        self._traced: list[GraphRecord] = []
         self._tables = _Remembered()
         self._met = _Remembered()
         self._registry = KeyRegistry(config.seed)
+        self._sampled = SampledWeights(self._registry)
         self._clock = Clock()
         self._checks = Checks(config, self._registry)
         if config.resample == "step":
@@ -100,6 +106,8 @@ class Backend:
         self._records += records
         number = len(self.graphs)
         self.graphs.append(rewritten)
+        text = gm.print_readable(print_output=False)  # the graph itself goes when it is compiled
+        self._traced.append(_graph_record(number, gm, text, rewritten))
         count = sum(r.rewritten for r in records)
         log.info(
             "graph %d: %d weights found, %d rewritten; %d nodes before, %d after",
@@ -111,20 +119,29 @@ class Backend:
         )
         for record in records:
             log.debug("graph %d: %s: %s", number, record.name, record.reason or "rewritten")
-        for name, graph in (("before", gm), ("after", rewritten)):
-            torch_internals.trace_artifact(
-                f"gws_compile_{name}_{number}", partial(graph.print_readable, print_output=False)
-            )
+        torch_internals.trace_artifact(f"gws_compile_before_{number}", lambda: text)
+        torch_internals.trace_artifact(
+            f"gws_compile_after_{number}", partial(rewritten.print_readable, print_output=False)
+        )
 
         layout = input_layout(rewritten)
         # Fake tensors of fixed shape: AOTAutograd gives real inputs without a source symbolic sizes.
         added = rewritten.graph.find_nodes(op="placeholder")[len(example_inputs) :]
         extra = [torch_internals.example_value(node) for node in added]
         compiled = self._compile(rewritten, [*example_inputs, *extra], mode, options)
-        if not layout.trainable and not layout.learned:
+        chosen = [w for w in weights_of(rewritten) if w.reason is None]
+        if not chosen:
             return compiled  # nothing depends on the call
         widths = None if self._bits is None else WidthTable(self._bits, self._registry, layout.learned)
-        return _Runtime(compiled, layout, extra, self._registry, self._clock, self._checks, widths, config)
+        positions = [w.position for w in chosen]
+        noisy = [is_noisy(w, config) for w in chosen]
+        keys = KeyTable(
+            self._registry,
+            layout.names,
+            {device: [positions.index(i) for i in keyed] for device, keyed in layout.positions.items()},
+            partial(self._sampled.note, weights=chosen, draws=noisy),
+        )
+        return _Runtime(compiled, layout, extra, positions, keys, self._clock, self._checks, widths, config)
 
     def _compile(
         self, gm: fx.GraphModule, inputs: Sequence[Any], mode: str | None, options: dict[str, Any] | None
@@ -140,12 +157,17 @@ class Backend:
         return torch_internals.named_compile(inner, gm, inputs)
 
     def report(self) -> Report:
-        """Every weight seen so far: rewritten, or why not.
+        """Every weight seen so far, rewritten or why not, and the graphs; `Report.to_html` makes a page of it.
 
         Behind the weights of the graphs come those of the models in training that no graph has.
         """
-        bits = None if self._bits is None else self._bits.summary()
-        return Report([*self._records, *self._unseen()], bits)
+        return Report(
+            [*self._records, *self._unseen()],
+            None if self._bits is None else self._bits.summary(),
+            graphs=self._traced,
+            settings=self.config.texts(),
+            histograms=self._histograms,
+        )
 
     def _unseen(self) -> Iterator[WeightRecord]:
         named = {name.partition("#")[0] for name, _ in self._registry.items()}
@@ -160,6 +182,37 @@ class Backend:
 
         for root in list(self._registry.roots):
             yield from unseen_weights(root, self.config, is_seen)
+
+    def _histograms(self, count: int) -> list[Histogram]:
+        """Of some of the sampled weights that are alive, evenly spread."""
+        found = list(self._sampled)
+        draw = Draw(self.config, self._clock.step, self._clock.frozen)
+        chosen = found if len(found) <= count else [found[i * len(found) // count] for i in range(count)]
+        with torch.no_grad():
+            return [histogram(one, self._widths_of(one)[0], draw) for one in chosen]
+
+    def metrics(self) -> Metrics:
+        """What the cast and the noise do to each sampled weight as it is now; see `gws_compile.WeightMetrics`.
+
+        Computed in eager torch, outside every graph: nothing is compiled again, no random number is drawn, nothing is
+        kept for autograd. The weights are those that compiled graphs have been called with: tied ones stand there once,
+        frozen ones without noise. The noise is that of the last forward's draw. On a GPU it synchronizes.
+
+        Sharded weights (DTensor: FSDP2, tensor parallelism) are gathered one by one: all ranks have to call it, and get
+        the metrics of the whole weights.
+        """
+        draw = Draw(self.config, self._clock.step, self._clock.frozen)
+        with torch.no_grad():
+            return Metrics([measure(found, *self._widths_of(found), draw) for found in self._sampled], draw.step)
+
+    def _widths_of(self, found: Found) -> tuple[torch.Tensor | None, float]:
+        """The parameter of a weight's learned widths, None while there is none, and its average bit width."""
+        if self._bits is None:
+            return None, self.config.bits
+        entry = self._bits.entry(found.tensor, found.name)
+        if entry is None:  # none yet: b_i starts at 1, where the width is `LearnedBits.init`
+            return torch.ones((), device=found.value.device), self._bits.rule.init
+        return entry.parameter, self._bits.average_of(entry)
 
     def step(self) -> None:
         """Draw new noise from the next training forward on.
@@ -354,7 +407,8 @@ class _Runtime:
         compiled: Callable[..., Any],
         layout: InputLayout,
         examples: Sequence[Any],
-        registry: KeyRegistry,
+        weights: Sequence[int],
+        keys: KeyTable,
         clock: Clock,
         checks: Checks,
         widths: WidthTable | None,
@@ -365,26 +419,28 @@ class _Runtime:
         self._learned = [learned.position for learned in layout.learned]
         self._examples = examples
         self._trainable = layout.trainable
+        self._weights = weights
+        self._keys = keys
         self._clock = clock
         self._checks = checks
         self._forward = config.resample == "forward"
-        self._tables = [
-            (device, positions, KeyTable(registry, layout.names[device], device))
-            for device, positions in layout.positions.items()
-        ]
-        self._weights = sorted({*self._learned, *(i for positions in layout.positions.values() for i in positions)})
 
     def __call__(self, *args: Any) -> Any:
-        if any(torch_internals.is_fake(args[i]) for i in self._weights):
+        weights = [args[i] for i in self._weights]
+        if torch_internals.any_fake(weights):
             # DDP's graph splitting runs the graph once on fake tensors, which are nobody's weights; and a clock made
             # now would be a fake tensor too.
             return self._compiled(*args, *self._examples)
-        extra = self._draw(args) if self._trainable else []
+        if self._trainable:
+            extra = self._draw(args, weights)
+        else:
+            self._keys(weights)
+            extra = []
         if self._widths is not None:
             extra += self._widths([args[i] for i in self._learned])
         return self._compiled(*args, *extra)
 
-    def _draw(self, args: Sequence[Any]) -> list[torch.Tensor]:
+    def _draw(self, args: Sequence[Any], weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Keys and clock of a training forward."""
         for position, name, trainable in self._trainable:
             if args[position].requires_grad != trainable:
@@ -406,8 +462,7 @@ class _Runtime:
                 'checkpoint inside the compiled region, or use resample="step"'
             )
         extra = []
-        for device, positions, table in self._tables:
-            rows = table([args[i] for i in positions])
+        for device, rows in self._keys(weights).items():
             if not inside_backward and rows.count(self._clock.step) == MANY_FORWARDS:
                 self._checks.forwards_without_step()
             extra += [*rows.tensors, self._clock.tensor(device)]
@@ -417,6 +472,27 @@ class _Runtime:
 def _has_parameters(gm: fx.GraphModule) -> bool:
     sources = (torch_internals.placeholder_source(n) or "" for n in gm.graph.find_nodes(op="placeholder"))
     return any("_parameters[" in source for source in sources)
+
+
+def _graph_record(number: int, gm: fx.GraphModule, before: str, rewritten: fx.GraphModule) -> GraphRecord:
+    compile_id, recompiled = torch_internals.compilation()
+    ended = torch_internals.graph_break(gm)
+    stacks = (source_of(node).stack for node in gm.graph.nodes)
+    return GraphRecord(
+        number=number,
+        compile_id=compile_id,
+        location=next((without_wrappers(stack)[0] for stack in stacks if stack), ""),
+        gradients=torch.is_grad_enabled(),
+        graph_break=None if ended is None else GraphBreak(ended[0], location_of(ended[1])),
+        recompiled=recompiled,
+        before=before,
+        graph=rewritten,
+    )
+
+
+def _read_record(read: Read) -> ReadRecord:
+    source = source_of(read.node)
+    return ReadRecord(read.op, source.location, source.code, source.stack)
 
 
 def _record(weight: Weight, config: Config) -> WeightRecord:
@@ -433,4 +509,5 @@ def _record(weight: Weight, config: Config) -> WeightRecord:
         bits=config.bits if noisy and config.learned is None else None,
         noise=(config.noise if noisy else "none") if rewritten else "",
         location=weight.reads[0].location if weight.reads else "",
+        reads=tuple(map(_read_record, weight.reads)),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from .cast import SCALES
@@ -119,6 +119,21 @@ class Config:
             inner=inner,
             strict=strict,
         )
+
+    def texts(self) -> dict[str, str]:
+        """The settings by the names of the arguments of `gws_compile.backend`, as text for a report."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if values.pop("learned") is not None:
+            values["bits"] = self.learned
+        if callable(self.inner):
+            values["inner"] = getattr(self.inner, "__name__", type(self.inner).__name__)
+        return {name: _text(value) for name, value in values.items()}
+
+
+def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 
 def _check_choice(name: str, value: object, accepted: Iterable[object]) -> None:

@@ -7,7 +7,7 @@ import re
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -133,23 +133,41 @@ class KeyRegistry:
 
 
 class KeyTable:
-    """The keys of a graph's weights on a device, one `KeyRows` for each set of Parameters it is called with."""
+    """The keys of a graph's weights, a `KeyRows` on each device for each set of Parameters that it is called with.
 
-    def __init__(self, registry: KeyRegistry, names: Sequence[str], device: torch.device) -> None:
+    Args:
+        registry: gives the keys.
+        names: per device, the names in the graph of the weights whose keys are the rows.
+        places: per device, where these weights stand among those that the table is called with.
+        on_new: called with each new set of Parameters.
+    """
+
+    def __init__(
+        self,
+        registry: KeyRegistry,
+        names: Mapping[torch.device, Sequence[str]],
+        places: Mapping[torch.device, Sequence[int]],
+        on_new: Callable[[Sequence[torch.Tensor]], None],
+    ) -> None:
         self._registry = registry
         self._names = names
-        self._device = device
+        self._places = places
+        self._on_new = on_new
         self._rows = ByWeights(self._make)
 
-    def __call__(self, weights: Sequence[torch.Tensor]) -> KeyRows:
-        """The keys of these weights, in this order."""
+    def __call__(self, weights: Sequence[torch.Tensor]) -> dict[torch.device, KeyRows]:
+        """The keys of these weights."""
         return self._rows(weights)
 
-    def _make(self, weights: Sequence[torch.Tensor]) -> KeyRows:
-        words = [[*row, 0, 0] for row in self._registry.words(weights, self._names)]
-        # Each of them at a multiple of 16 bytes, or Inductor would copy it at each call.
-        table = torch.tensor(words, dtype=torch.int32, device=self._device)
-        return KeyRows([row[:2] for row in table.unbind()])
+    def _make(self, weights: Sequence[torch.Tensor]) -> dict[torch.device, KeyRows]:
+        made = {}
+        for device, places in self._places.items():
+            words = self._registry.words([weights[i] for i in places], self._names[device])
+            # Each of them at a multiple of 16 bytes, or Inductor would copy it at each call.
+            table = torch.tensor([[*row, 0, 0] for row in words], dtype=torch.int32, device=device)
+            made[device] = KeyRows([row[:2] for row in table.unbind()])
+        self._on_new(weights)
+        return made
 
 
 class KeyRows:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -135,6 +136,12 @@ def is_fake(value: object) -> bool:
     return isinstance(value, _find("torch._subclasses.fake_tensor", "FakeTensor"))
 
 
+def any_fake(values: Sequence[object]) -> bool:
+    """Whether one of the values `is_fake`; asked in every call, so each type is asked once."""
+    fake = _find("torch._subclasses.fake_tensor", "FakeTensor")
+    return any(issubclass(kind, fake) for kind in set(map(type, values)))
+
+
 def fake_like(value: torch.Tensor, example: object) -> object:
     """A fake form of ``value`` in the mode of ``example``, for a placeholder's metadata; ``value`` if it has no mode.
 
@@ -152,6 +159,46 @@ def mark_recompute(node: fx.Node, group: int) -> None:
     policy = _find("torch.utils.checkpoint", "CheckpointPolicy")
     node.meta["recompute"] = policy.MUST_RECOMPUTE
     node.meta["ac_graph_id"] = group
+
+
+def graph_break(gm: fx.GraphModule) -> tuple[str, list[traceback.FrameSummary]] | None:
+    """Why Dynamo ended a graph early, and the user's stack there; None for one that ends where its function does.
+
+    Relies on ``GraphModule.compile_subgraph_reason``, which `torch._dynamo.explain` reads too.
+    """
+    cause = getattr(gm, "compile_subgraph_reason", None)
+    if cause is None or not getattr(cause, "graph_break", False):
+        return None
+    return str(cause.reason), list(cause.user_stack)
+
+
+def compilation() -> tuple[str, str]:
+    """Inside a backend: which compilation it is, ``"frame/number"``, and why its frame is compiled again, if it is.
+
+    Relies on ``CompileContext.current_compile_id`` and on the ``recompile_reason`` of the compilation metrics.
+    """
+    number = _find("torch._guards", "CompileContext").current_compile_id()
+    metrics = _find("torch._dynamo.utils", "get_metrics_context")()
+    reason = getattr(metrics, "_metrics", {}).get("recompile_reason") or ""
+    # What was compiled before for another backend is no reason: nothing is compiled twice for this one.
+    return "" if number is None else str(number), "" if "BACKEND_MATCH" in reason else reason
+
+
+def not_traced() -> dict[str, int]:
+    """What made Dynamo leave a frame so far in this process: cause -> how often.
+
+    Relies on ``torch._dynamo.utils.counters["unimplemented"]``.
+    """
+    return dict(_find("torch._dynamo.utils", "counters")["unimplemented"])
+
+
+def raised_by_backend(error: BaseException) -> BaseException:
+    """What a backend raised, out of what Dynamo makes of it; every other error as it is.
+
+    Relies on ``BackendCompilerFailed.inner_exception``.
+    """
+    failed = _find("torch._dynamo.exc", "BackendCompilerFailed")
+    return error.inner_exception if isinstance(error, failed) else error
 
 
 def trace_artifact(name: str, text: Callable[[], str]) -> None:
@@ -229,6 +276,16 @@ def shard_groups(value: torch.Tensor) -> tuple[Any, ...]:
     assert isinstance(value, DTensor)
     mesh = value.device_mesh
     return tuple(mesh.get_group(dim) for dim, placement in enumerate(value.placements) if placement.is_shard())
+
+
+def whole_tensor(value: torch.Tensor) -> torch.Tensor:
+    """The whole of a DTensor, gathered by all of its ranks together; a plain tensor as it is."""
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import DTensor
+
+        if isinstance(value, DTensor):
+            return value.full_tensor()
+    return value
 
 
 def at_end_of_backward(callback: Callable[[], None]) -> None:

@@ -15,8 +15,8 @@ from . import torch_internals
 from .compiler import Backend
 from .config import Config
 from .names import clean
-from .passes import weights_of
-from .report import Report, WeightRecord
+from .passes import is_noisy, weights_of
+from .report import GraphBreak, Report, WeightRecord
 from .unseen import unseen_weights
 
 
@@ -29,14 +29,20 @@ class Tracer(Backend):
 
     def __init__(self, config: Config) -> None:
         super().__init__(replace(config, inner="eager"))
+        self._shown = config
         self.met: list[tuple[torch.Tensor, WeightRecord]] = []
+        self._left: list[GraphBreak] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **settings: Any) -> Callable[..., Any]:
         """Rewrite the graph and give back the model's own."""
         before = len(self._records)
         super().__call__(gm, example_inputs)
-        weights = zip(weights_of(self.graphs[-1]), self._records[before:], strict=True)
-        positions = [(weight.position, record) for weight, record in weights]
+        weights = weights_of(self.graphs[-1])
+        chosen = [w for w in weights if w.reason is None]
+        tensors = [example_inputs[w.position] for w in chosen]
+        self._sampled.note(tensors, chosen, [is_noisy(w, self.config) for w in chosen])
+        found = zip(weights, self._records[before:], strict=True)
+        positions = [(weight.position, record) for weight, record in found]
 
         def forward(*args: Any) -> Any:
             # One graph may serve several blocks, each with weights of its own.
@@ -45,22 +51,41 @@ class Tracer(Backend):
 
         return forward
 
+    def run(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Call the model, traced, as it is; keep what Dynamo left."""
+        before = torch_internals.not_traced()
+        with torch.random.fork_rng():
+            torch.compile(model, backend=self)(*args, **kwargs)
+        now = torch_internals.not_traced()
+        left = (GraphBreak(cause, "") for cause, count in now.items() if count > before.get(cause, 0))
+        self._left = list({one.cause: one for one in left}.values())
+
+    def report_of(self, model: Callable[..., Any]) -> Report:
+        """The report, with every weight of a module under its own name, those that no graph has too."""
+        report = self.report()
+        records = list(report.records)
+        if isinstance(model, nn.Module):
+            root = torch_internals.unwrapped(model)
+            names = {id(parameter): clean(name) for name, parameter in root.named_parameters()}
+            met = {id(weight) for weight, _ in self.met}
+            records = [replace(record, name=names.get(id(weight), record.name)) for weight, record in self.met]
+            records += unseen_weights(root, self.config, lambda _, weight: id(weight) in met)
+            self.met = []  # the report keeps this tracer, for histograms, but no weight
+        return Report(
+            records,
+            report.bits,
+            graphs=report.graphs,
+            breaks=[*report.breaks, *self._left],
+            settings=self._shown.texts(),
+            histograms=self._histograms,
+        )
+
 
 def explained(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], config: Config) -> Report:
     """The report of one call, with every weight of the model; see `gws_compile.explain`."""
     tracer = Tracer(config)
-    compiled = torch.compile(model, backend=tracer)
-    with torch.random.fork_rng():
-        compiled(*args, **kwargs)
-    if not isinstance(model, nn.Module):
-        return tracer.report()
-    root = torch_internals.unwrapped(model)
-    names: dict[int, str] = {}
-    for name, parameter in root.named_parameters():
-        names[id(parameter)] = clean(name)
-    records = [replace(record, name=names.get(id(weight), record.name)) for weight, record in tracer.met]
-    met = {id(weight) for weight, _ in tracer.met}
-    return Report([*records, *unseen_weights(root, config, lambda _, weight: id(weight) in met)])
+    tracer.run(model, args, kwargs)
+    return tracer.report_of(model)
 
 
 def trainable_weights(

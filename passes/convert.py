@@ -116,4 +116,6 @@ def _autocast_dtype(read: fx.Node, regions: dict[str, torch.dtype | None]) -> to
     device_type = value.device.type if isinstance(value, torch.Tensor) else "cpu"
     if device_type in regions:
         return regions[device_type]
+    if not torch.amp.is_autocast_available(device_type):  # meta
+        return None
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None

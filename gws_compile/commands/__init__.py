@@ -4,6 +4,6 @@ A command's module has ``add_to(commands)``, which adds its parser and sets ``fu
 arguments and returns the exit code.
 """
 
-from . import run
+from . import explain, run
 
-COMMANDS = (run,)
+COMMANDS = (run, explain)
