@@ -55,13 +55,13 @@ def test_eager_kernel_equals_the_cpu(dtype):
 
 
 def test_kernels_of_one_linear():
-    """Two kernels sample the weight: the block maximum, and noise, cast and bf16 conversion in one."""
+    """One kernel samples the weight: block maximum, noise, cast and bf16 conversion."""
     model = nn.Sequential(nn.Linear(1024, 1024, bias=False)).to(DEVICE)
     compiled = torch.compile(model, backend=gws_compile.backend(), fullgraph=True)
     x = torch.randn(64, 1024, device=DEVICE, dtype=torch.bfloat16)
     with torch.autocast("cuda", torch.bfloat16):
         _, code = run_and_get_code(lambda: compiled(x).sum().backward())
-    assert code[0].count("@triton.jit") == 2
+    assert code[0].count("@triton.jit") == 1
     assert "torch.ops.gws" not in "".join(code)
 
 
