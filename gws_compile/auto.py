@@ -44,8 +44,9 @@ class AutoCompile:
 
         @functools.wraps(original)
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            # While Dynamo traces, the first is a constant, and nothing else is looked at.
-            if torch.compiler.is_compiling() or getattr(thread, "inside", False):
+            # While Dynamo traces, the first is a constant, and nothing else is looked at. (`is_compiling` is also true
+            # while another thread compiles.)
+            if torch.compiler.is_dynamo_compiling() or getattr(thread, "inside", False):
                 return original(module, *args, **kwargs)
             thread.inside = True
             try:

@@ -127,3 +127,10 @@ def test_the_report_of_a_training_run():
         "lm_head.weight": "matches the exclude pattern 'lm_head.*'",
         "table.weight": "embedding table, in no traced graph",
     }
+
+
+def test_a_model_that_has_no_values():
+    """On the meta device, of which autocast knows nothing."""
+    with torch.device("meta"):
+        model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), torch.randn(2, 8)
+    assert texts(gws_compile.explain(model, x)) == {"0.weight": "linear", "1.weight": "linear"}
