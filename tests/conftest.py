@@ -1,4 +1,5 @@
 import gc
+import os
 
 import pytest
 import torch
@@ -16,3 +17,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _no_backends_of_other_modules():
     """Backends follow every optimizer of the process; those that earlier tests have dropped may lie in cycles."""
     gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def own_settings():
+    """``gws`` leaves its options in the environment, for the processes that a script starts; not for the next test."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("GWS_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("GWS_")]:
+        del os.environ[name]
+    os.environ.update(before)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 
-@pytest.mark.parametrize("precision", ["autocast", "bf16"])
+@pytest.mark.parametrize("precision", ["autocast", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_memory_of_a_step(precision: str) -> None:
     pytest.importorskip("transformers")
     memory = importlib.import_module("memory")

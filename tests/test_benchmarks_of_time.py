@@ -19,7 +19,7 @@ def test_functions_take_turns() -> None:
 
 def test_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kernels = importlib.import_module("kernels")
-    arguments = "--device cpu --shape 64x96 --dtype float32 bfloat16 --rounds 2"
+    arguments = "--device cpu --shape 64x96 --dtype bfloat16 --rounds 2"
     kernels.main([*arguments.split(), f"--json={tmp_path / 'out'}"])
     figures = json.loads((tmp_path / "out").read_text())
     assert figures["torch"] == torch.__version__
@@ -27,11 +27,10 @@ def test_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [(t["variant"], t["output"]) for t in timings[:8]] == [
         (variant, output) for variant in ("cast", "sample", "randn", "uniform") for output in ("fresh", "into")
     ]
-    assert [t["over_cast"] for t in timings if t["variant"] == "cast"] == [1.0] * 4
+    assert [t["over_cast"] for t in timings if t["variant"] == "cast"] == [1.0] * 2
     for t in timings:
-        moved = 64 * 96 * ({"float32": 4, "bfloat16": 2}[t["case"]["dtype"]] + 2)
-        assert t["bandwidth"] * t["seconds"] == pytest.approx(moved)
-    assert len([line for line in capsys.readouterr().out.splitlines() if "rounded_normal" in line]) == 16
+        assert t["bandwidth"] * t["seconds"] == pytest.approx(64 * 96 * (2 + 2))
+    assert len([line for line in capsys.readouterr().out.splitlines() if "rounded_normal" in line]) == 8
 
 
 def test_what_is_timed_is_the_sample() -> None:
@@ -124,6 +123,7 @@ def test_a_warm_start_is_faster() -> None:
     assert found.phases["C++ or Triton"] > 0
 
 
+@pytest.mark.slow
 def test_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """One program's figures are kept, another's failure is said, and the rest goes on."""
     everything = importlib.import_module("everything")

@@ -379,12 +379,12 @@ def test_untouched_weights_keep_their_bits(law, enabled):
 @pytest.mark.parametrize("law", ["rounded_normal", "uniform"])
 @pytest.mark.parametrize(("shape", "batch_dims"), [((70, 100), 0), ((3, 40, 33), 1), ((8, 5, 3, 3), 0)])
 def test_the_operator_draws_by_row_major_index(law, shape, batch_dims):
-    """w + R a 2**(1-b) in numpy, from the kernel's keys, clock and block maxima; the format keeps all of float32."""
+    """w + R a 2**(1-b) in numpy, from the kernel's key, clock and block maxima; the format keeps all of float32."""
     rng = np.random.default_rng(3)
     w = rng.standard_normal(shape).astype(np.float32)
-    keys, step, b, block = int32([key_words(0, "a"), key_words(0, "b")]), 5, 5.0, (32, 16)
+    key, step, b, block = int32(key_words(0, "b")), 5, 5.0, (32, 16)
     got = sample_eager(
-        torch.from_numpy(w), keys, int32([step, -1]), 1, batch_dims, FloatFormat.parse("e8m23"), b, law, block, None
+        torch.from_numpy(w), key, int32([step, -1]), batch_dims, FloatFormat.parse("e8m23"), b, law, block, None
     )
     word = numpy_word(np.arange(w.size, dtype=np.uint32), key_words(0, "b"), step)
     magnitude, sign = (word & 0x7FFFFFFF).astype(np.int64), np.where(word >> 31, -1, 1)

@@ -56,7 +56,7 @@ def run(*args):
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("resample", ["step", "forward", "learned"])
+@pytest.mark.parametrize("resample", ["step", pytest.param("forward", marks=pytest.mark.slow), "learned"])
 def test_a_new_process_continues_bit_for_bit(tmp_path, resample):
     whole = run(0, 5, "", "", resample)
     assert len(whole) == 10
