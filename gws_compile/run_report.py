@@ -23,8 +23,8 @@ class RunReport:
         calls: the calls of torch.compile.
         script: what was run.
         auto: whether modules were compiled that the script did not compile.
-        file: where the report goes, a whole path, since the script may change the folder; stderr then has its first
-            lines alone.
+        file: where the report goes, a whole path, since the script may change the folder: as JSON, a page of HTML, or
+            text, by its suffix. stderr then has its first lines alone.
     """
 
     def __init__(self, calls: Calls, *, script: str, auto: bool, file: str | None) -> None:
@@ -78,6 +78,9 @@ class RunReport:
         if file.suffix == ".json":
             content = {"header": self.header(), "calls": self._calls.to_dict(), "weights": json.loads(report.to_json())}
             file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        elif file.suffix in (".html", ".htm"):
+            # A page shows one backend: of several, the one that has rewritten most.
+            max(reports, key=lambda one: len(one.rewritten), default=report).to_html(file)
         else:
             file.write_text(f"{header}\n\n{report}\n", encoding="utf-8")
         sys.stderr.write(f"\n{header}\n\nThe report is in {file}\n")

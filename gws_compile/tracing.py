@@ -39,14 +39,14 @@ class Tracer(Backend):
         super().__call__(gm, example_inputs)
         weights = weights_of(self.graphs[-1])
         chosen = [w for w in weights if w.reason is None]
-        tensors = [example_inputs[w.position] for w in chosen]
-        self._sampled.note(tensors, chosen, [is_noisy(w, self.config) for w in chosen])
+        noisy = [is_noisy(w, self.config) for w in chosen]
         found = zip(weights, self._records[before:], strict=True)
         positions = [(weight.position, record) for weight, record in found]
 
         def forward(*args: Any) -> Any:
             # One graph may serve several blocks, each with weights of its own.
             self.met += [(args[position], record) for position, record in positions]
+            self._sampled.note([args[w.position] for w in chosen], chosen, noisy)
             return gm.forward(*args)
 
         return forward

@@ -76,3 +76,17 @@ def test_the_first_rank_speaks(environment, recorded, speaks, monkeypatch, capsy
     report._calls.rank = recorded
     report.finish()
     assert bool(capsys.readouterr().err) == speaks
+
+
+def test_the_page_is_that_of_the_backend(tmp_path, capsys):
+    """With the graphs, which a report over several backends has not."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    backend = gws_compile.named_backend(inner="eager", fmt="fp6_e3m2")
+    torch.compile(model, backend=backend)(torch.ones(2, 8)).sum().backward()
+    report_of(TAKEN, file=str(tmp_path / "run.html")).finish()
+    page = (tmp_path / "run.html").read_text()
+    assert page.startswith("<!DOCTYPE html>")
+    assert "fp6_e3m2" in page
+    assert "graph 0" in page
+    assert "The report is in" in capsys.readouterr().err

@@ -46,7 +46,11 @@ def add_to(commands: Any) -> None:
         action="store_true",
         help="compile what the script does not: every outermost module, on its first call with gradients enabled",
     )
-    parser.add_argument("--report", metavar="FILE", help="write the report there: JSON if it ends in .json, else text")
+    parser.add_argument(
+        "--report",
+        metavar="FILE",
+        help="write the report there: JSON if it ends in .json, the page of gws explain if in .html, else text",
+    )
     parser.add_argument("script", metavar="SCRIPT", help="the program to run")
     parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="its own arguments")
     add_settings(parser)
