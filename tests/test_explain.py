@@ -470,7 +470,8 @@ MEASURE = """<script>addEventListener("load", () => {
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium installed")
 @pytest.mark.parametrize("width", [500, 1400])
 def test_the_page_in_a_browser(tmp_path, width):
-    report = gws_compile.explain(models.gpt2(), torch.zeros(2, 8, dtype=torch.int64))
+    model = models.gpt2()  # kept alive: a page has histograms of weights that are there
+    report = gws_compile.explain(model, torch.zeros(2, 8, dtype=torch.int64))
     report.to_html(tmp_path / "page.html")
     page = tmp_path / "measured.html"
     page.write_text((tmp_path / "page.html").read_text().replace("</body>", MEASURE))
