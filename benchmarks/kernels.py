@@ -131,18 +131,18 @@ def functions(case: Case, device: str, peers: bool) -> dict[tuple[str, str], Cal
     if peers:
         variants |= {"randn": lambda w: with_randn(w, bits), "uniform": lambda w: with_uniform(w, bits)}
     timed: dict[tuple[str, str], Callable[[], object]] = {}
+    torch._dynamo.reset()  # once: it drops what was compiled before
     for name, function in variants.items():
 
         def into(w: torch.Tensor, out: torch.Tensor, function: Callable = function) -> None:
             out.copy_(function(w))
 
-        torch._dynamo.reset()
         fresh, written = torch.compile(function, fullgraph=True), torch.compile(into, fullgraph=True)
         out = Rotation(lambda: torch.empty(case.shape, dtype=torch.bfloat16, device=device), device)
         timed[name, "fresh"] = lambda f=fresh: f(weight())
         timed[name, "into"] = lambda f=written, out=out: f(weight(), out())
         for output in ("fresh", "into"):
-            timed[name, output]()  # compiled here, before the next reset
+            timed[name, output]()  # compiled here
     return timed
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from .cast import STORAGE
 from .config import DEFAULT_EXCLUDE, Config
 from .keys import KeyRegistry
-from .names import clean, first_match
+from .names import clean, ends_in, first_match
 from .passes import Weight, is_noisy
 from .warning import GwsWarning
 
@@ -126,9 +126,7 @@ class Checks:
                 continue
             if first_match(name, config.exclude) or (config.include and not first_match(name, config.include)):
                 continue
-            parts = name.split(".")
-            # Graphs of blocks know names relative to the block.
-            if not any(".".join(parts[i:]) in self._seen for i in range(len(parts))):
+            if not ends_in(name, self._seen):
                 yield name
 
     def forwards_without_step(self) -> None:

@@ -22,6 +22,7 @@ from .config import Config
 from .histograms import Histogram, histogram
 from .keys import KeyRegistry, KeyTable
 from .metrics import Draw, Metrics, measure
+from .names import ends_in
 from .optimizers import after_each_step
 from .passes import InputLayout, Read, Weight, input_layout, is_noisy, rewrite, weights_of
 from .report import GraphBreak, GraphRecord, ReadRecord, Report, WeightRecord
@@ -175,10 +176,7 @@ class Backend:
         quiet = {record.name for record in self._records if record.noise in ("", "none")}
 
         def is_seen(name: str, weight: torch.Tensor) -> bool:
-            parts = name.split(".")
-            return (
-                name in named or self._met.holds(weight) or any(".".join(parts[i:]) in quiet for i in range(len(parts)))
-            )
+            return name in named or self._met.holds(weight) or ends_in(name, quiet)
 
         for root in list(self._registry.roots):
             yield from unseen_weights(root, self.config, is_seen)

@@ -11,6 +11,7 @@ from torch import fx
 
 from . import torch_internals
 from .passes import Weight, operations, weights_of
+from .passes.computed import operand_placeholders
 from .source_lines import source_of
 
 Kind = Literal["weight", "left", "sample", "view", "read", "other"]
@@ -106,9 +107,8 @@ def _uses(gm: fx.GraphModule, value: fx.Node) -> Iterator[_Tree]:
         body = torch_internals.checkpoint_body(user)
         if body is not None:
             inner = getattr(gm, str(body.target))
-            for operand, placeholder in zip(user.args[1:], inner.graph.find_nodes(op="placeholder"), strict=False):
-                if operand is value:
-                    yield from _uses(inner, placeholder)
+            for placeholder in operand_placeholders(inner, user, value):
+                yield from _uses(inner, placeholder)
         elif user.target is torch.ops.gws.sample_weight.default:
             yield replace(_sample(user), children=list(_uses(gm, user)))
         elif operations.is_read(user, value):

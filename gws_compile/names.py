@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 from fnmatch import fnmatchcase
 
 _REGISTERED = re.compile(r"_(?:modules|parameters|buffers)\[(?:'([^']*)'|\"([^\"]*)\")\]")
@@ -39,3 +40,9 @@ def clean(name: str) -> str:
 def first_match(name: str, patterns: tuple[str, ...]) -> str | None:
     """The first of the globs that matches the name."""
     return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
+
+
+def ends_in(name: str, known: Set[str]) -> bool:
+    """Whether a name, or its end, is among the known: graphs of blocks know names relative to the block."""
+    parts = name.split(".")
+    return any(".".join(parts[i:]) in known for i in range(len(parts)))

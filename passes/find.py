@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -13,12 +12,11 @@ from gws_compile import torch_internals
 from gws_compile.config import Config
 from gws_compile.names import is_parameter_source, qualified_name
 from gws_compile.sharding import ShardRange
+from gws_compile.source_lines import source_of
 
 from . import operations
 from .computed import operand_placeholders, parameters_alone, reader_of
 from .weights import Read, Use, Weight, known_table, set_weights
-
-_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 def find_weight_reads(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Config) -> fx.GraphModule:
@@ -124,5 +122,4 @@ class _Follower:
 
 
 def _location(node: fx.Node) -> str:
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    return f"{frames[-1][0]}:{frames[-1][1]}" if frames else ""
+    return source_of(node).location.rpartition(" in ")[0]
