@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support import eager
+from support.accumulation import Net, loss_of, train
 from torch import nn
 
 import gws_compile
@@ -17,19 +18,6 @@ from gws_compile.redirect import Calls, Redirect
 
 SAMPLED = ["up.weight", "down.weight"]
 FMT = "fp6_e3m2"
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(40, 72), nn.Linear(72, 40)
-
-    def forward(self, x):
-        return x + self.down(self.up(x).relu())
-
-
-def loss_of(call, x):
-    return call(x).square().mean()
 
 
 @pytest.fixture
@@ -49,21 +37,6 @@ def auto():
 
 def compiled_names(redirect):
     return [call.target for call in redirect._calls.taken if call.reason == "--auto"]
-
-
-def train(call, model, micro_batches):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    losses = []
-    for batches in micro_batches:
-        total = 0.0
-        for x in batches:
-            loss = loss_of(call, x)
-            (loss / len(batches)).backward()
-            total += loss.item() / len(batches)
-        losses.append(total)
-        optimizer.step()
-        optimizer.zero_grad()
-    return losses
 
 
 def test_the_first_call_already_has_noise(auto):

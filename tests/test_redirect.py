@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from support import eager
-from torch import nn
+from support.accumulation import Net, loss_of, train
 
 import gws_compile
 from gws_compile.compiler import Backend
@@ -16,21 +16,8 @@ from gws_compile.redirect import Call, Calls, Redirect
 FILE = "tests/test_redirect.py"
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(40, 72), nn.Linear(72, 40)
-
-    def forward(self, x):
-        return x + self.down(self.up(x).relu())
-
-
 def double(x):
     return x * 2
-
-
-def loss_of(call, x):
-    return call(x).square().mean()
 
 
 @pytest.fixture
@@ -59,22 +46,6 @@ def asked(monkeypatch):
     redirect.install()
     yield seen, redirect
     redirect.remove()
-
-
-def train(call, model, micro_batches):
-    """SGD with gradients accumulated over the micro-batches; the mean loss of each step."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    losses = []
-    for batches in micro_batches:
-        total = 0.0
-        for x in batches:
-            loss = loss_of(call, x)
-            (loss / len(batches)).backward()
-            total += loss.item() / len(batches)
-        losses.append(total)
-        optimizer.step()
-        optimizer.zero_grad()
-    return losses
 
 
 def in_place(model):

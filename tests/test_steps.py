@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from support import eager
+from support.accumulation import Net
 from torch import nn
 
 import gws_compile
@@ -15,15 +16,6 @@ from gws_compile.checks import MANY_FORWARDS, MANY_STEPS
 def _fresh():
     torch._dynamo.reset()
     torch.manual_seed(0)
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(40, 72), nn.Linear(72, 40)
-
-    def forward(self, x):
-        return x + self.down(self.up(x).relu())
 
 
 class Broken(Net):
