@@ -1,5 +1,7 @@
-"""Inductor's lowering of ``gws::sample_weight`` and of its gradient: the arithmetic of `noise`, `cast` and `learned` as
-loop-level code, in the loops of `weight_loops`.
+"""Inductor's lowering of ``gws::sample_weight`` and of its gradient.
+
+The arithmetic of `noise`, `cast` and `learned` becomes loop-level code, in the loops of `weight_loops`; on a CPU, where
+nothing is to be fused with the sample, the kernel of `cpp_kernel`.
 
 Importing this module registers the lowerings; the backend does so before it compiles.
 """
@@ -13,12 +15,12 @@ from typing import Any
 import torch
 
 from .cast import block_scale, cast, needs_block_maximum
+from .cpp_kernel import Sampling, sample
 from .formats import FloatFormat
-from .inductor_primitives import InductorPrimitives
 from .learned import Grid, WidthRule, block_grid, cast_to_grid, width, width_gradient
 from .learned import amplitude as width_amplitude
 from .noise import add_noise, fixed_amplitude, random_word, signed_draw
-from .primitives import Primitives, Value
+from .primitives import Value
 from .torch_internals import inductor
 from .weight_loops import Loader, Loops, loops_over
 
@@ -41,15 +43,21 @@ def _lower(
     keep: bool,
     version: int,
 ) -> Any:
-    p: Primitives = InductorPrimitives()
-    # Learned widths take several values for each block, which are stored: on a GPU, in a kernel of their own.
-    in_blocks = learned is None and not inductor().has_pointwise_user()
-    loops = loops_over(w, batch_dims, block, whole, in_blocks=in_blocks)
     element_format = FloatFormat.parse(fmt)
-    if learned is None:
+    widths = None if learned is None else WidthRule.parse(rule)
+    w.realize()  # read more than once: a weight that is a view of something is stored first
+    alone = not inductor().has_pointwise_user()
+    if alone:
+        sampling = Sampling(element_format, bits, noise, scale or None, widths, w.get_dtype())
+        sampled = sample(w, key, clock, learned, sampling, batch_dims, block, whole, offset, out_dtype)
+        if sampled is not None:
+            return sampled
+    # Learned widths take several values for each block, which are stored: on a GPU, in a kernel of their own.
+    loops = loops_over(w, batch_dims, block, whole, in_blocks=alone and learned is None)
+    p = loops.p
+    if widths is None:
         amplitude, to_grid = _of_fixed_width(loops, element_format, bits, noise, scale or None)
     else:
-        widths = WidthRule.parse(rule)
         amplitude, to_grid = _of_widths(loops, learned, widths, clock, element_format, noise, scale or None)
     load = loops.sampled_load()
     word = load_clock = None
@@ -154,9 +162,10 @@ def _lower_gradient(
 ) -> Any:
     """One loop over the weight for both reductions, the block maximum and the sum of gradient times noise."""
     ind = inductor()
-    p: Primitives = InductorPrimitives()
     widths = WidthRule.parse(rule)
+    w.realize()
     loops = loops_over(w, batch_dims, block, whole, in_blocks=False)
+    p = loops.p
     word = _random_word(loops, whole, offset, key, clock)
     load_grad, load_clock, load_learned = grad.make_loader(), clock.make_loader(), _load_learned(learned)
 

@@ -21,7 +21,7 @@ from .learned import amplitude as width_amplitude
 from .noise import add_noise, fixed_amplitude, random_word, signed_draw
 from .primitives import TorchPrimitives
 
-OPERATOR_VERSION = 6
+OPERATOR_VERSION = 7
 """Part of every call's arguments. Compile caches see a graph's arguments, not the lowering's source: raise it whenever
 noise, cast or lowering change what they compute."""
 

@@ -10,7 +10,7 @@ import importlib
 import sys
 import traceback
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from types import SimpleNamespace
@@ -429,13 +429,20 @@ def inductor() -> SimpleNamespace:
             n == 1 or s == w for n, s, w in zip(x.get_size(), stride, wanted, strict=True)
         )
 
+    def plain_shape(x: Any) -> list[int] | None:
+        """The shape of a stored tensor, if it is static and the buffer is the tensor in row-major order."""
+        if not is_contiguous(x) or ir.as_storage_and_layout(x, freeze=True)[1].offset != 0:
+            return None
+        sizes = [sympy.sympify(n) for n in x.get_size()]
+        return [int(n) for n in sizes] if all(n.is_Integer for n in sizes) else None
+
     def has_pointwise_user() -> bool:
         """Whether an elementwise operation reads the result of the node that is being lowered, through views or not."""
-        convert = torch.ops.prims.convert_element_type.default
+        elementwise = (torch.ops.prims.convert_element_type.default, torch.ops.aten.copy_.default)
         views = (torch.ops.aten.permute, torch.ops.aten.t, torch.ops.aten.view, torch.ops.aten.unsqueeze)
 
         def reads(node: fx.Node) -> bool:
-            if node.target is convert or torch.Tag.pointwise in getattr(node.target, "tags", ()):
+            if node.target in elementwise or torch.Tag.pointwise in getattr(node.target, "tags", ()):
                 return True
             return getattr(node.target, "overloadpacket", None) in views and any(map(reads, node.users))
 
@@ -488,6 +495,7 @@ def inductor() -> SimpleNamespace:
         Pointwise=ir.Pointwise,
         flatten=flatten,
         is_contiguous=is_contiguous,
+        plain_shape=plain_shape,
         has_pointwise_user=has_pointwise_user,
         reduction=reduction,
         scatter=scatter,
@@ -504,3 +512,67 @@ def inductor() -> SimpleNamespace:
         block_index=block_index,
         register_lowering=register_lowering,
     )
+
+
+def cpp_vector_size(device: torch.device) -> int | None:
+    """float32 values in a vector of the C++ code for this device; None where Inductor writes no vectors for it.
+
+    Relies on ``cpu_vec_isa.pick_vec_isa`` and ``config.cpu_backend``.
+    """
+    if device.type != "cpu" or _find("torch._inductor", "config").cpu_backend != "cpp":
+        return None
+    isa = _find("torch._inductor.cpu_vec_isa", "pick_vec_isa")()
+    return int(isa.nelements(torch.float32)) if isa else None
+
+
+def cpp_kernel(
+    inputs: Mapping[str, Any], shape: Sequence[int], dtype: torch.dtype, render: Callable[..., str], **variables: Any
+) -> Any:
+    """Inductor's tensor that a C++ kernel of our own writes. Nothing is fused with it; kernels of one text are one.
+
+    Relies on ``ir.CppTemplateBuffer`` and ``CppTemplateKernel.def_kernel``, as Inductor's own C++ templates do, and on
+    ``V.graph.no_fuse_buffer_names``.
+
+    Args:
+        inputs: name of a pointer argument -> stored, row-major tensor; None for one that there is not.
+        shape, dtype: of the result, which is row-major and whose pointer is ``out``.
+        render: called with ``variables``, the function's ``signature``, the number of ``threads``, and the C++ types of
+            the inputs and of ``out`` as ``<name>_type``; returns the C++ source.
+    """
+    ir = importlib.import_module("torch._inductor.ir")
+    graph = _find("torch._inductor.virtualized", "V").graph
+    config = _find("torch._inductor", "config").cpp
+    types = _find("torch._inductor.codegen.cpp_utils", "DTYPE_TO_CPP")
+    make_kernel = _find("torch._inductor.codegen.cpp_template_kernel", "CppTemplateKernel")
+    threads = _find("torch._inductor.utils", "parallel_num_threads")()
+    name = str(_find("torch._inductor.utils", "Placeholder").KERNEL_NAME)
+    nodes = {key: ir.as_storage_and_layout(x)[0].data for key, x in inputs.items() if x is not None}
+
+    def make_kernel_render(
+        out: Any, flag_template_buffer_has_other_users: bool, epilogue_nodes: Sequence[Any] | None = None
+    ) -> tuple[Any, Callable[[], str]]:
+        assert not epilogue_nodes
+        kernel = make_kernel(kernel_name=name, num_threads=threads)
+
+        def source(kernel: Any) -> str:
+            return render(
+                signature=kernel.def_kernel(inputs=nodes, outputs={"out": out}),
+                threads=None if config.dynamic_threads else threads,
+                out_type=types[dtype],
+                **{f"{key}_type": types[node.get_dtype()] for key, node in nodes.items()},
+                **variables,
+            )
+
+        return kernel, lambda: kernel.render(SimpleNamespace(render=source))
+
+    strides = ir.FlexibleLayout.contiguous_strides(list(shape))
+    device = next(iter(nodes.values())).get_device()
+    buffer = ir.CppTemplateBuffer(
+        layout=ir.FixedLayout(device, dtype, list(shape), strides),
+        inputs=list(nodes.values()),
+        make_kernel_render=make_kernel_render,
+        template=None,
+        choice=None,
+    )
+    graph.no_fuse_buffer_names.add(buffer.get_name())
+    return ir.TensorBox.create(buffer)

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.operator import arguments, sample
 from support.oracle import assert_bits_equal
 from torch._inductor.utils import run_and_get_code
 
 from gws_compile import (
     cast,
+    cpp_kernel,
+    cpp_primitives,
     formats,
     inductor_primitives,
     learned,
@@ -24,36 +27,6 @@ from gws_compile import (
     weight_loops,
 )
 from gws_compile.sampling import OPERATOR_VERSION
-
-KEY = torch.tensor([123456789, -987654321], dtype=torch.int32)
-CLOCK = torch.tensor([7, -1, 0], dtype=torch.int32)
-
-
-def arguments(
-    w, *, fmt="e4m3", bits=5.0, noise="rounded_normal", block=(32, 32), scale="floor", batch_dims=0, part=((), ())
-):
-    key, clock = (None, None) if noise == "none" else (KEY, CLOCK)
-    return (
-        w,
-        key,
-        clock,
-        batch_dims,
-        fmt,
-        bits,
-        noise,
-        list(block),
-        scale,
-        None,
-        "",
-        *map(list, part),
-        None,
-        True,
-        OPERATOR_VERSION,
-    )
-
-
-def sample(*args):
-    return torch.ops.gws.sample_weight.default(*args)
 
 
 @pytest.mark.parametrize("noise", ["rounded_normal", "uniform", "none"])
@@ -71,10 +44,9 @@ def test_out_dtype_is_a_conversion_behind_the_operator(dtype, out_dtype):
     w = torch.randn(70, 64, dtype=dtype).t().requires_grad_()
     upstream = torch.randn(64, 70, dtype=out_dtype)
     torch._dynamo.reset()
-    *before, _, keep, version = arguments(w)
 
     def run(w, inside):
-        return sample(*before, out_dtype if inside else None, keep, version).to(out_dtype)
+        return sample(*arguments(w, out_dtype=out_dtype if inside else None)).to(out_dtype)
 
     results = []
     for function, inside in [(run, False), (run, True), (torch.compile(run, fullgraph=True), True)]:
@@ -111,13 +83,17 @@ def test_gradient_is_the_identity(dtype):
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="other Python versions print the same code differently")
 def test_version_is_raised_with_the_code():
     """Compile caches tell versions apart by the operator's version alone: change it with what is computed."""
-    modules = (cast, formats, learned, noise, primitives, sampling, inductor_primitives, weight_loops, lowering)
+    modules = (
+        cast, formats, learned, noise, primitives, sampling, inductor_primitives, weight_loops, cpp_primitives,
+        cpp_kernel, lowering,
+    )  # fmt: skip
     sources = [Path(m.__file__) for m in modules]
     code = [
         re.sub(r"OPERATOR_VERSION = \d+", "", ast.unparse(_Bare().visit(ast.parse(p.read_text())))) for p in sources
     ]
+    code.append((sources[0].parent / "templates/sample_weight.cpp").read_text())
     digest = hashlib.sha256("".join(code).encode()).hexdigest()[:16]
-    assert (OPERATOR_VERSION, digest) == (6, "8a0c3a1e6a766dfc")
+    assert (OPERATOR_VERSION, digest) == (7, "11213b6794b5d286")
 
 
 class _Bare(ast.NodeTransformer):
@@ -131,7 +107,7 @@ def test_errors():
     with torch._subclasses.FakeTensorMode(), pytest.raises(TypeError, match=r"float32.*got torch.float64"):
         sample(*arguments(torch.empty(4, 4, dtype=torch.float64), noise="none"))
     stale = (*arguments(torch.empty(4, 4), noise="none")[:-1], OPERATOR_VERSION - 1)
-    with torch._subclasses.FakeTensorMode(), pytest.raises(RuntimeError, match="the graph was made for 5"):
+    with torch._subclasses.FakeTensorMode(), pytest.raises(RuntimeError, match=f"for {OPERATOR_VERSION - 1}"):
         sample(torch.empty(4, 4), *stale[1:])
 
 
@@ -237,14 +213,14 @@ def test_no_loop_loses_its_end():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("noise", ["rounded_normal", "none"])
 def test_generated_cpp_code(dtype, noise):
-    """One kernel for the sample and its bf16 cast, one vector at a time, and no float32 copy of the sampled weight."""
+    """The loops with which an elementwise reader is fused: one kernel, one vector at a time, no float32 copy."""
     w = torch.randn(256, 512).to(dtype)
 
     def run(w):
-        return sample(*arguments(w, noise=noise)).to(torch.bfloat16)
+        return -sample(*arguments(w, noise=noise)).to(torch.bfloat16)
 
     result, (code,) = run_and_get_code(torch.compile(run, fullgraph=True), w)
-    assert_bits_equal(result, sample(*arguments(w, noise=noise)).to(torch.bfloat16))
+    assert_bits_equal(result, run(w))
     assert "torch.ops.gws" not in code
     assert len(re.findall(r"^cpp_fused\w+ = async_compile", code, re.M)) == 1
     buffers = re.findall(r"= empty_strided_cpu\(\(([\d, ]*)\), \([\d, ]*\), torch\.(\w+)\)", code)

@@ -1,0 +1,48 @@
+"""Calls of the operator as the backend makes them."""
+
+import torch
+
+import gws_compile.lowering  # noqa: F401  registers the lowerings
+from gws_compile.sampling import OPERATOR_VERSION
+
+KEY = torch.tensor([123456789, -987654321], dtype=torch.int32)
+CLOCK = torch.tensor([7, -1, 0], dtype=torch.int32)
+
+
+def arguments(
+    w,
+    *,
+    fmt="e4m3",
+    bits=5.0,
+    noise="rounded_normal",
+    block=(32, 32),
+    scale="floor",
+    batch_dims=0,
+    learned=None,
+    rule="",
+    part=((), ()),
+    out_dtype=None,
+    clock=CLOCK,
+):
+    key, clock = (None, None) if noise == "none" else (KEY, clock)
+    return (
+        w,
+        key,
+        clock,
+        batch_dims,
+        fmt,
+        bits,
+        noise,
+        list(block),
+        scale,
+        learned,
+        rule,
+        *map(list, part),
+        out_dtype,
+        True,
+        OPERATOR_VERSION,
+    )
+
+
+def sample(*args):
+    return torch.ops.gws.sample_weight.default(*args)
