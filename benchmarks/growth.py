@@ -1,7 +1,7 @@
 """Plot how cost grows: sampling over copying, with the weights' size; compiling, with the number of layers.
 
-Left: the compiled sample of one square weight over its compiled cast to bfloat16, both writing to a tensor that is
-there, in turns, for weights from 1 M elements up. Right: seconds from the first call to the end of the first step, less
+Left: the compiled sample of one square weight over its compiled cast to bfloat16, each with a fresh result, in turns, for
+weights from 1 M elements up. Right: seconds from the first call to the end of the first step, less
 a later step, with empty caches, of Llamas of more and more layers; each compiled as a whole, and layer by layer
 (``layer.compile(...)``), where all layers share one compiled function.
 
@@ -68,7 +68,7 @@ def sampling(sides: Sequence[int], device: str, rounds: int) -> list[Sampling]:
     for side in sides:
         case = Case("fp8_e4m3", "rounded_normal", "float32", (side, side))
         timings = measure(case, device, rounds=rounds, calls=calls, peers=False)
-        (over,) = [t.over_cast for t in timings if (t.variant, t.output) == ("sample", "into")]
+        (over,) = [t.over_cast for t in timings if (t.variant, t.output) == ("sample", "fresh")]
         found.append(Sampling(side * side, over))
     return found
 

@@ -8,7 +8,8 @@ For each format, noise, weight dtype and shape:
     uniform   DiffQ's noise (arXiv 2104.09987) by hand likewise: torch.rand, on the block maximum
 
 The hand-written ones add noise and convert to bfloat16; they are on no narrower format's grid, so they do less. Each is
-timed writing to a fresh tensor (``fresh``) and to one that is there (``into``). ``x cast`` is the median, over the
+timed writing to a fresh tensor (``fresh``), as a training step does, and to one that is there (``into``), for which the
+sample goes by the loops that take an elementwise reader. ``x cast`` is the median, over the
 rounds, of the time over that of ``cast``; ``GB/s`` counts what has to move: the weight once and the result once.
 
     python benchmarks/kernels.py                       # what the documentation shows

@@ -1,7 +1,7 @@
 """The few scalar operations that noise and cast are written in, and their eager torch form.
 
-`Primitives` has two implementations: `TorchPrimitives` here (tensors, the eager kernel) and the one in
-`gws_compile.lowering` (Inductor's loop-level ``ops``, the compiled kernel). The arithmetic above them is written once.
+`Primitives` has three implementations: `TorchPrimitives` here (tensors, the eager kernel), `InductorPrimitives`
+(Inductor's loop-level ``ops``) and `CppPrimitives` (C++ statements). The arithmetic above them is written once.
 
 Integers are int32 with wrap-around, floats are float32. A Python number stands for a constant of the right type.
 """
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 Value = Any
-"""A tensor in eager mode, an Inductor value in a lowering, or a Python number (a constant)."""
+"""A tensor, an Inductor value or C++ variables, by the implementation; or a Python number (a constant)."""
 
 
 def wrap_int32(value: int) -> int:

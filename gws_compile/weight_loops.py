@@ -4,8 +4,8 @@
 are one kernel, which reads the weight once. `ElementLoops` run over the weight's own index, where whatever reads the
 result is fused with them: one kernel for the block maxima, and one that reads the weight again. `loops_over` chooses.
 
-A CPU has `ElementLoops` alone. Block by block took it twice the time (4096 x 4096): the rows of a block lie as far
-apart as to share the same few lines of the cache.
+A CPU has `ElementLoops` alone, for what the kernel of `cpp_kernel` does not take. Block by block took it twice the time
+(4096 x 4096): the rows of a block lie as far apart as to share the same few lines of the cache.
 
 An index is a list of sympy expressions, a loader a function of an index.
 """
