@@ -1,8 +1,8 @@
 """Plot how cost grows: sampling over copying, with the weights' size; compiling, with the number of layers.
 
-Left: the compiled sample of one square weight over its compiled cast to bfloat16, each with a fresh result, in turns, for
-weights from 1 M elements up. Right: seconds from the first call to the end of the first step, less
-a later step, with empty caches, of Llamas of more and more layers; each compiled as a whole, and layer by layer
+Left: the compiled sample of one square weight over its compiled cast to bfloat16, each with a fresh result, in turns,
+for weights from 1 M elements up. Right: seconds from the first call to the end of the first step, less a later step,
+with empty caches, of Llamas of more and more layers; each compiled as a whole, and layer by layer
 (``layer.compile(...)``), where all layers share one compiled function.
 
     python benchmarks/growth.py --write            # benchmarks/results/growth-cpu.json and docs/growth-cpu.png

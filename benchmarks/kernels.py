@@ -4,12 +4,13 @@ For each format, noise, weight dtype and shape:
 
     cast      w.to(torch.bfloat16), compiled by Inductor (for a bf16 weight, a copy): what autocast does without us
     sample    noise and cast of this project, to bfloat16 in the same kernel
+    fused     the same with an elementwise reader, a change of sign, which takes Inductor's loops over the elements
     randn     the same noise by hand, as PyTorch code under Inductor: torch.randn, rounded, on the block maximum
     uniform   DiffQ's noise (arXiv 2104.09987) by hand likewise: torch.rand, on the block maximum
 
 The hand-written ones add noise and convert to bfloat16; they are on no narrower format's grid, so they do less. Each is
-timed writing to a fresh tensor (``fresh``), as a training step does, and to one that is there (``into``), for which the
-sample goes by the loops that take an elementwise reader. ``x cast`` is the median, over the
+timed writing to a fresh tensor (``fresh``), as a training step does, and to one that is there (``into``), which is an
+elementwise reader too. ``x cast`` is the median, over the
 rounds, of the time over that of ``cast``; ``GB/s`` counts what has to move: the weight once and the result once.
 
     python benchmarks/kernels.py                       # what the documentation shows
@@ -57,7 +58,7 @@ class Timing:
     """One function's figures.
 
     Attributes:
-        variant: ``"cast"``, ``"sample"``, ``"randn"`` or ``"uniform"``.
+        variant: ``"cast"``, ``"sample"``, ``"fused"``, ``"randn"`` or ``"uniform"``.
         output: ``"fresh"`` or ``"into"``.
         seconds: median of a call.
         over_cast: median of its ratio to the cast of the same round and output.
@@ -125,9 +126,11 @@ def functions(case: Case, device: str, peers: bool) -> dict[tuple[str, str], Cal
     """What is timed, compiled, by variant and output."""
     dtype, bits = DTYPES[case.dtype], FloatFormat.parse(case.fmt).noise_bits
     weight = Rotation(lambda: torch.randn(case.shape, device=device).mul_(0.02).to(dtype), device)
+    sample = sampler(case, device)
     variants: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "cast": (lambda w: w.to(torch.bfloat16)) if dtype == torch.float32 else torch.clone,
-        "sample": sampler(case, device),
+        "sample": sample,
+        "fused": lambda w: -sample(w),
     }
     if peers:
         variants |= {"randn": lambda w: with_randn(w, bits), "uniform": lambda w: with_uniform(w, bits)}
@@ -203,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="weight dtypes (default: all)")
     parser.add_argument("--shape", nargs="+", metavar="ROWSxCOLS", help="multiples of 32")
     parser.add_argument("--all", action="store_true", help="every format with every noise")
-    parser.add_argument("--no-peers", dest="peers", action="store_false", help="only cast and sample")
+    parser.add_argument("--no-peers", dest="peers", action="store_false", help="without the noise by hand")
     parser.add_argument("--rounds", type=int, default=20, help="(default: %(default)s)")
     parser.add_argument("--calls", type=int, help="calls in each turn (default: 20 on a GPU, 1 elsewhere)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")

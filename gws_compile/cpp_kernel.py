@@ -7,7 +7,7 @@ cache holds, first for the maxima of a part and then for its elements, and takes
 side. It is also compiled sooner, since Inductor has no graph of each operation to schedule and print.
 
 The arithmetic is that of `noise`, `cast` and `learned`, as `CppPrimitives` writes it down. The loops around it are in
-``templates/sample_weight.cpp``. Inductor compiles and calls it as it does its own templates.
+``templates/sample_weight.cpp.jinja``. Inductor compiles and calls it as it does its own templates.
 """
 
 from __future__ import annotations
@@ -224,4 +224,4 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("sample_weight.cpp")
+    return environment.get_template("sample_weight.cpp.jinja")

@@ -73,7 +73,9 @@ class CppPrimitives:
         return self._write("{} < {}", self._int(x), self._int(y))
 
     def iselect(self, mask: Value, x: Value, y: Value) -> Value:
-        return self._write("Ints::blendv({}, {}, {})", self._int(y), self._int(x), mask)
+        # Masks have all bits of an element set, or none. AVX512 has a bitwise operation of three operands; its blend
+        # takes the mask in a register of another kind, and bringing it there takes as long again.
+        return self._write("{0} ^ (({1} ^ {0}) & {2})", self._int(y), self._int(x), mask)
 
     def fadd(self, x: Value, y: Value) -> Value:
         return self._write("{} + {}", self._float(x), self._float(y))
@@ -85,7 +87,7 @@ class CppPrimitives:
         return self._write("{} * {}", self._float(x), self._float(y))
 
     def fselect(self, mask: Value, x: Value, y: Value) -> Value:
-        return self._write("Floats::blendv({}, {}, at::vec::cast<float>({}))", self._float(y), self._float(x), mask)
+        return self.bits_float(self.iselect(mask, self.float_bits(self._float(x)), self.float_bits(self._float(y))))
 
     def to_float(self, x: Value) -> Value:
         return self._write("at::vec::convert<float>({})", x)

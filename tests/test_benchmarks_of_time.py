@@ -24,13 +24,13 @@ def test_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures = json.loads((tmp_path / "out").read_text())
     assert figures["torch"] == torch.__version__
     timings = figures["timings"]
-    assert [(t["variant"], t["output"]) for t in timings[:8]] == [
-        (variant, output) for variant in ("cast", "sample", "randn", "uniform") for output in ("fresh", "into")
+    assert [(t["variant"], t["output"]) for t in timings] == [
+        (variant, output) for variant in ("cast", "sample", "fused", "randn", "uniform") for output in ("fresh", "into")
     ]
     assert [t["over_cast"] for t in timings if t["variant"] == "cast"] == [1.0] * 2
     for t in timings:
         assert t["bandwidth"] * t["seconds"] == pytest.approx(64 * 96 * (2 + 2))
-    assert len([line for line in capsys.readouterr().out.splitlines() if "rounded_normal" in line]) == 8
+    assert len([line for line in capsys.readouterr().out.splitlines() if "rounded_normal" in line]) == 10
 
 
 def test_what_is_timed_is_the_sample() -> None:
