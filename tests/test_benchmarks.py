@@ -8,7 +8,8 @@ import pytest
 import torch
 
 
-@pytest.mark.parametrize("precision", ["autocast", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["autocast", "bf16"])
 def test_memory_of_a_step(precision: str) -> None:
     pytest.importorskip("transformers")
     memory = importlib.import_module("memory")

@@ -85,9 +85,9 @@ def test_another_seed_hits_and_draws_otherwise(process, cold):
     "change",
     [
         {"fmt": "fp4_e2m1"},
-        {"noise": "uniform"},
-        {"block": [16, 16]},
-        {"bits": 4.5},
+        pytest.param({"noise": "uniform"}, marks=pytest.mark.slow),
+        pytest.param({"block": [16, 16]}, marks=pytest.mark.slow),
+        pytest.param({"bits": 4.5}, marks=pytest.mark.slow),
         {"backward": "recompute"},  # the marks of what backward computes again are no part of a cache's key
         {"stale": True},
     ],

@@ -78,7 +78,7 @@ def test_figures_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture
     assert f"{fp6['plain_cast_afterwards_held_out_loss']:.4f}" in printed
 
 
-@pytest.mark.parametrize(("model", "rewritten"), [("gpt2", 4), ("llama", 7)])
+@pytest.mark.parametrize(("model", "rewritten"), [("gpt2", 4), pytest.param("llama", 7, marks=pytest.mark.slow)])
 def test_a_format_that_changes_nothing_trains_exactly_alike(tmp_path: Path, model: str, rewritten: int) -> None:
     # Under autocast the products read the weights in bfloat16 anyway, so these casts are the identity: any difference
     # in start, data, schedule or evaluation between the runs would show.

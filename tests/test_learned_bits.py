@@ -189,8 +189,15 @@ def gradient_oracle(grad, w, step, noise, rule, parameter, block, dims):
     return torch.from_numpy(np.array(total.sum()) if parameter.ndim == 0 else total.reshape(parameter.shape))
 
 
-@pytest.mark.parametrize("granularity", ["block", "weight"])
-@pytest.mark.parametrize("noise", ["rounded_normal", "uniform"])
+@pytest.mark.parametrize(
+    ("noise", "granularity"),
+    [
+        ("rounded_normal", "block"),
+        pytest.param("rounded_normal", "weight", marks=pytest.mark.slow),
+        pytest.param("uniform", "block", marks=pytest.mark.slow),
+        ("uniform", "weight"),
+    ],
+)
 def test_gradient_is_the_equation(noise, granularity):
     """Against float64, on whole and partial blocks, experts, convolutions and bfloat16; eager and compiled."""
     cases = [

@@ -31,7 +31,7 @@ def assert_same(left, right):
 
 
 @pytest.mark.parametrize("autocast", [pytest.param(False, marks=pytest.mark.slow), True], ids=["float32", "autocast"])
-@pytest.mark.parametrize("make", [gpt2, llama])
+@pytest.mark.parametrize("make", [pytest.param(gpt2, marks=pytest.mark.slow), llama])
 def test_lossless_format_without_noise_is_plain_inductor(make, autocast):
     model, tokens = make(layers=1), torch.randint(0, 96, (2, 24))
     plain = loss_and_gradients(torch.compile(model, fullgraph=True), model, tokens, autocast)
@@ -99,6 +99,7 @@ def test_evaluation_casts_without_noise():
         assert torch.equal(compiled(tokens).logits, expected)
 
 
+@pytest.mark.slow
 def test_dropout_draws_what_it_draws_in_a_plain_run():
     model, tokens = gpt2(dropout=0.2, layers=1), torch.randint(0, 96, (2, 24))
     results = []

@@ -56,7 +56,9 @@ def run(*args):
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("resample", ["step", pytest.param("forward", marks=pytest.mark.slow), "learned"])
+@pytest.mark.parametrize(
+    "resample", ["step", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("forward", "learned"))]
+)
 def test_a_new_process_continues_bit_for_bit(tmp_path, resample):
     whole = run(0, 5, "", "", resample)
     assert len(whole) == 10
