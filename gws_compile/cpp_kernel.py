@@ -40,6 +40,8 @@ _CHUNK_COLS = 1024
 _MAX_PART = 1 << 17
 """Elements of a part, at most: 512 KiB of float32."""
 
+_GRID = tuple(field.name for field in fields(Grid))
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -180,25 +182,23 @@ def _of_block(sampling: Sampling, constants: dict[str, str]) -> _OfBlock:
     p = CppPrimitives(constants)
     fmt, scale, dtype, drawn = sampling.fmt, sampling.scale, sampling.dtype, sampling.noise != "none"
     amax: Value = ("amax",)
-    values: dict[str, Value] = {}
+    floats: dict[str, Value] = {}
+    ints: dict[str, Value] = {}
     if sampling.rule is not None:
         b = width(p, ("learned",), sampling.rule)
         drawing = p.iand(("enabled",), p.ixor(("frozen",), -1)) if drawn else None
         if drawn:
-            values["amplitude"] = width_amplitude(p, b, amax)
+            floats["amplitude"] = width_amplitude(p, b, amax)
         grid = block_grid(p, b, amax, drawing, fmt, sampling.rule, scale, dtype)
-        values |= {name: p.iadd(getattr(grid, name), 0) for name in _GRID}
+        ints = {name: p.iadd(getattr(grid, name), 0) for name in _GRID}  # some are Python numbers
     elif needs_block_maximum(fmt, scale, sampling.noise):
         if drawn:
-            values["amplitude"] = fixed_amplitude(p, amax, sampling.bits)
-        inverse, x = block_scale(p, amax, fmt, scale, dtype)
-        values |= {"x": x} if inverse is None else {"inverse": inverse, "x": x}
-    floats = ("amplitude", "inverse") if sampling.rule is not None else ("amplitude", "inverse", "x")
-    types = {name: "Floats" if name in floats else "Ints" for name in values}
-    return _OfBlock(p.statements, {name: variable for name, (variable,) in values.items()}, types)
-
-
-_GRID = tuple(field.name for field in fields(Grid))
+            floats["amplitude"] = fixed_amplitude(p, amax, sampling.bits)
+        inverse, floats["x"] = block_scale(p, amax, fmt, scale, dtype)
+        if inverse is not None:
+            floats["inverse"] = inverse
+    types = dict.fromkeys(floats, "Floats") | dict.fromkeys(ints, "Ints")
+    return _OfBlock(p.statements, {name: variable for name, (variable,) in (floats | ints).items()}, types)
 
 
 def _elements(sampling: Sampling, of_block: _OfBlock, rows: int, constants: dict[str, str]) -> _Elements:

@@ -78,12 +78,20 @@ def train(out: Path, *options: str, until: Path | None = None) -> tuple[list[flo
     return [line["loss"] for line in lines], printed
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds torchrun's workers in /proc")
-def test_continued_runs_repeat_the_losses_of_one_that_was_never_stopped(tmp_path: Path) -> None:
-    expected, _ = train(tmp_path / "whole.jsonl")
-    assert len(expected) == STEPS
-    assert expected[-1] < expected[0]
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds torchrun's workers in /proc")
 
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of a run that is never stopped."""
+    losses, _ = train(tmp_path_factory.mktemp("whole") / "whole.jsonl")
+    assert len(losses) == STEPS
+    assert losses[-1] < losses[0]
+    return losses
+
+
+@needs_proc
+def test_a_killed_and_continued_run_repeats_the_losses(tmp_path: Path, expected: list[float]) -> None:
     checkpoints = tmp_path / "ddp"
     keep = [f"--checkpoint={checkpoints}", "--save-every=3"]
     before, _ = train(tmp_path / "ddp.jsonl", *keep, until=checkpoints / "step_00000003" / ".metadata")
@@ -94,6 +102,10 @@ def test_continued_runs_repeat_the_losses_of_one_that_was_never_stopped(tmp_path
     assert after == expected
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000015", "step_00000016"]
 
+
+@pytest.mark.slow
+@needs_proc
+def test_fsdp_continues_from_the_last_whole_checkpoint(tmp_path: Path, expected: list[float]) -> None:
     checkpoints = tmp_path / "fsdp"
     keep = ["--engine=fsdp", f"--checkpoint={checkpoints}", "--save-every=10"]
     whole, _ = train(tmp_path / "fsdp.jsonl", *keep, "--resume")
