@@ -118,6 +118,7 @@ def sample(
     size = cpp_vector_size(w.get_device())
     if size is None or (whole and batch_dims > 1):
         return None
+    w.realize()  # a weight that is computed is stored first
     plain_shape = inductor().plain_shape
     shape = plain_shape(w)
     if shape is None or any(plain_shape(x) is None for x in (key, clock, learned) if x is not None):
@@ -172,10 +173,7 @@ def _in_whole(
     sizes = list(whole) or list(shape)
     start = list(offset) or [0] * len(sizes)
     _, rows, cols = matrix_shape(sizes, batch_dims)
-    first = 0
-    for i, n in zip(start, sizes, strict=True):
-        first = first * n + i
-    return rows, cols, first
+    return rows, cols, inductor().flatten(start, sizes)
 
 
 def _of_block(sampling: Sampling, constants: dict[str, str]) -> _OfBlock:

@@ -45,7 +45,6 @@ def _lower(
 ) -> Any:
     element_format = FloatFormat.parse(fmt)
     widths = None if learned is None else WidthRule.parse(rule)
-    w.realize()  # read more than once: a weight that is a view of something is stored first
     alone = not inductor().has_pointwise_user()
     if alone:
         sampling = Sampling(element_format, bits, noise, scale or None, widths, w.get_dtype())
@@ -163,7 +162,6 @@ def _lower_gradient(
     """One loop over the weight for both reductions, the block maximum and the sum of gradient times noise."""
     ind = inductor()
     widths = WidthRule.parse(rule)
-    w.realize()
     loops = loops_over(w, batch_dims, block, whole, in_blocks=False)
     p = loops.p
     word = _random_word(loops, whole, offset, key, clock)

@@ -323,10 +323,12 @@ def loops_over(w: Any, batch_dims: int, block: Sequence[int], whole: Sequence[in
     """The loops over a weight: block by block if that is wanted, and possible.
 
     Args:
-        w: Inductor's tensor, stored.
+        w: Inductor's tensor.
         batch_dims, block, whole: of `gws_compile.sampling.sample_weight`.
         in_blocks: whether nothing is to be fused with the result but what is written in the loops.
     """
+    # Read by a reduction and by a pointwise loop: a weight that is a view of something is stored first.
+    w.realize()
     if in_blocks and BlockLoops.suit(w, batch_dims, block, whole):
         return BlockLoops(w, batch_dims, block)
     return ElementLoops(w, batch_dims, block)

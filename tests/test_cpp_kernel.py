@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from support.operator import arguments, sample
+from support.operator import arguments, cut, sample, sample_parts
 from support.oracle import assert_bits_equal
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
@@ -91,14 +91,8 @@ def test_parts_of_a_weight():
     ]
     wholes = [weight(shape, F32) for shape, *_ in cases]
 
-    def cut(w, offset, local):
-        return w[tuple(slice(o, o + n) for o, n in zip(offset, local, strict=True))].contiguous()
-
     def run(parts):
-        return [
-            sample(*arguments(part, part=(shape, offset), **settings))
-            for part, (shape, offset, _, settings) in zip(parts, cases, strict=True)
-        ]
+        return sample_parts(parts, cases)
 
     results, _ = compiled(run, [cut(w, at, local) for w, (_, at, local, _) in zip(wholes, cases, strict=True)])
     for got, w, (_, at, local, settings) in zip(results, wholes, cases, strict=True):

@@ -46,3 +46,21 @@ def arguments(
 
 def sample(*args):
     return torch.ops.gws.sample_weight.default(*args)
+
+
+def cut(w, offset, local):
+    """The part of a tensor with this offset and shape, contiguous."""
+    return w[tuple(slice(o, o + n) for o, n in zip(offset, local, strict=True))].contiguous()
+
+
+def sample_parts(parts, cases):
+    """The samples of parts of weights.
+
+    Args:
+        parts: `cut` out of whole weights.
+        cases: of each (shape of the whole, offset, shape of the part, settings).
+    """
+    return [
+        sample(*arguments(part, part=(shape, offset), **settings))
+        for part, (shape, offset, _, settings) in zip(parts, cases, strict=True)
+    ]
