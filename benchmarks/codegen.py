@@ -33,10 +33,10 @@ from offline_gpu import Call, Outcome, compile_kernels, kernel_sources, run_call
 from tabulate import tabulate
 from torch.nn import functional as F
 
-import gws_compile.lowering  # noqa: F401  registers the lowerings
-from gws_compile.formats import FloatFormat
-from gws_compile.learned import LearnedBits, WidthRule
-from gws_compile.sampling import OPERATOR_VERSION
+import gws_compile.codegen.lowering  # noqa: F401  registers the lowerings
+from gws_compile.config import LearnedBits
+from gws_compile.numerics.formats import FloatFormat
+from gws_compile.ops.sample_arguments import OPERATOR_VERSION
 
 KEPT = Path(__file__).parent / "results" / "codegen.json"
 CAPABILITIES = (80, 90, 100)
@@ -126,7 +126,7 @@ def call(case: Case) -> Call:
     fmt = FloatFormat.parse(case.fmt)
     settings = (fmt.spec, fmt.noise_bits, case.noise, (BLOCK, BLOCK), "floor")
     learned = torch.ones(case.rows // BLOCK, case.cols // BLOCK) if case.learned else None
-    rule = WidthRule.of(LearnedBits()).spec if case.learned else ""
+    rule = LearnedBits().rule.spec if case.learned else ""
     out_dtype = torch.bfloat16 if case.inside and case.dtype != torch.bfloat16 else None
     rest = (learned, rule, (), (), out_dtype)
     return Call(linear, (x, w, (None, None) if case.noise == "none" else source, settings, rest), interpret=False)

@@ -32,7 +32,7 @@ RESULTS = HERE / "results"
 
 # Program and arguments; the minutes it may take.
 ON_GPU: dict[str, tuple[tuple[str, ...], int]] = {
-    "tests": (("-m", "pytest", "-q", "-m", "gpu", "../tests/test_gpu.py"), 5),
+    "tests": (("-m", "pytest", "-q", "-m", "gpu", "../tests/codegen/test_gpu.py"), 5),
     "kernels": (("kernels.py", "--rounds", "10"), 4),
     "step-134m": (("step.py", "--size", "134m", "--rounds", "10", "--where"), 12),
     "step-1b": (("step.py", "--size", "1b", "--rounds", "10", "--variants", "plain", "save", "recompute"), 10),

@@ -33,10 +33,10 @@ import torch
 from tabulate import tabulate
 from timing import Rotation, environment, interleaved, ratio
 
-import gws_compile.lowering  # noqa: F401  registers the lowerings
-from gws_compile.formats import FORMATS, FloatFormat
-from gws_compile.noise import NOISES
-from gws_compile.sampling import OPERATOR_VERSION
+import gws_compile.codegen.lowering  # noqa: F401  registers the lowerings
+from gws_compile.numerics.formats import FORMATS, FloatFormat
+from gws_compile.numerics.noise import NOISES
+from gws_compile.ops.sample_arguments import OPERATOR_VERSION
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHAPES = {"cuda": ("4096x4096", "4096x14336", "2304x768"), "cpu": ("4096x4096", "2304x768")}

@@ -291,7 +291,7 @@ HEADERS = ("model", "weights", "rewritten", "left alone, and why", "graphs", "gr
 TOP = """# Coverage of real model code
 
 Written by `python benchmarks/model_coverage.py` (`pip install '.[dev,examples]'`), torch {torch}, transformers
-{transformers}, on a CPU; `tests/test_coverage.py` holds it. The models are those of
+{transformers}, on a CPU; `tests/models/test_coverage.py` holds it. The models are those of
 [benchmarks/model_catalogue.py](../benchmarks/model_catalogue.py): real model code with one to three layers of width 32.
 
 Of each model this was checked:

@@ -1,6 +1,6 @@
 """Write the noise's raw random words, for a published battery of randomness tests.
 
-The words are those of `gws_compile.noise.random_word`, 32 bits each, little endian, in one of several orders::
+The words are those of `gws_compile.numerics.noise.random_word`, 32 bits each, little endian, in one of several orders::
 
     weight   one weight, its elements in memory order (after 2**32 words: the next step)
     weights  training: at each step, weight after weight, 2**16 elements of each
@@ -33,9 +33,9 @@ from typing import BinaryIO
 
 import torch
 
-from gws_compile.keys import key_words
-from gws_compile.noise import random_word
-from gws_compile.primitives import TorchPrimitives, wrap_int32
+from gws_compile.numerics.keys import key_words
+from gws_compile.numerics.noise import random_word
+from gws_compile.numerics.primitives import TorchPrimitives, wrap_int32
 
 PIECE = 2**16  # words drawn at a time: they stay in the second-level cache
 SIDE = 4096  # of the weight that is read by columns

@@ -1,17 +1,42 @@
 """Pseudo-quantization training by Gaussian weight sampling, as a ``torch.compile`` backend.
 
 model = torch.compile(model, backend=gws_compile.backend(fmt="fp8_e4m3"))
+
+The rooms, in the order of the data. A graph is compiled: `compiler` gets it from torch.compile, has it rewritten and
+keeps a record. `passes` find the reads of weights, select weights and insert their samples. A sample is an operator
+of `ops`, with an eager kernel there and Inductor's code in `codegen`; what it computes is written once, in
+`numerics`: formats, scales, noise, casts, keys. The compiled graph is called: what the call needs comes from
+`runtime` (names and keys of weights, the clock of the draws) and `learned_bits` (trained widths). Seeing: `report`
+has records and tables, metrics, histograms and the page. Running: `command_line` is ``gws run`` and ``gws explain``;
+`integrations` serve other packages' trainers.
+
+The layers, from above; each imports only from those below it:
+
+    api, integrations       the public functions; what other packages' trainers use
+    command_line            programs, settings as text, the backend by name
+    compiler                the protocol of torch.compile
+    report                  what was rewritten and what was not
+    learned_bits            trained bit widths
+    runtime                 what a call of a compiled graph needs
+    passes                  the graph passes, a file each
+    codegen                 Inductor's lowerings and loops, the C++ kernel
+    ops                     the operators and the public references
+    config, weight_names    the settings; qualified names of weights
+    numerics                the arithmetic
+    torch_internals         every private torch API
+    warning                 the one category of warnings
 """
 
 from .api import backend, explain
-from .compiler import Backend
-from .config import DEFAULT_EXCLUDE
-from .entry_point import named_backend
-from .formats import FORMATS, FloatFormat
-from .learned import LearnedBits
-from .metrics import Metrics, WeightMetrics
-from .reference import quantize, sample
-from .report import BitsSummary, GraphBreak, GraphRecord, ReadRecord, Report, WeightRecord
+from .command_line.named_backend import named_backend
+from .compiler.backend import Backend
+from .config import DEFAULT_EXCLUDE, LearnedBits
+from .learned_bits.summary import BitsSummary
+from .numerics.formats import FORMATS, FloatFormat
+from .ops.reference import quantize, sample
+from .report.metrics import Metrics, WeightMetrics
+from .report.records import GraphBreak, GraphRecord, ReadRecord, WeightRecord
+from .report.report import Report
 from .warning import GwsWarning
 
 __version__ = "0.1.0"

@@ -5,28 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .compiler import Backend
-from .config import DEFAULT_EXCLUDE, Backward, Config, Inner, Noise, Resample, Scale
-from .formats import FloatFormat
-from .learned import LearnedBits
-from .report import Report
-from .tracing import explained
+from .compiler.backend import Backend
+from .compiler.tracer import explained
+from .config import DEFAULT_FORMAT, DEFAULTS, Backward, Config, Inner, LearnedBits, Resample
+from .numerics.formats import FloatFormat
+from .numerics.noise import Noise
+from .numerics.scales import Scale
+from .report.report import Report
 
 
 def backend(
-    fmt: str | FloatFormat | None = None,
+    fmt: str | FloatFormat | None = DEFAULTS.fmt,
     *,
-    noise: Noise = "rounded_normal",
-    bits: float | LearnedBits | None = None,
-    block: tuple[int, int] = (32, 32),
-    scale: Scale = "floor",
-    include: str | Iterable[str] | None = None,
-    exclude: str | Iterable[str] | None = DEFAULT_EXCLUDE,
-    seed: int = 0,
-    resample: Resample = "step",
-    backward: Backward = "save",
-    inner: Inner = "inductor",
-    strict: bool = False,
+    noise: Noise = DEFAULTS.noise,
+    bits: float | LearnedBits | None = DEFAULTS.bits,
+    block: tuple[int, int] = DEFAULTS.block,
+    scale: Scale = DEFAULTS.scale,
+    include: str | Iterable[str] | None = DEFAULTS.include,
+    exclude: str | Iterable[str] | None = DEFAULTS.exclude,
+    seed: int = DEFAULTS.seed,
+    resample: Resample = DEFAULTS.resample,
+    backward: Backward = DEFAULTS.backward,
+    inner: Inner = DEFAULTS.inner,
+    strict: bool = DEFAULTS.strict,
 ) -> Backend:
     """A ``torch.compile`` backend for pseudo-quantization training by Gaussian weight sampling.
 
@@ -82,7 +83,7 @@ def backend(
 def explain(
     model: Callable[..., Any],
     *args: Any,
-    fmt: str | FloatFormat = "fp8_e4m3",
+    fmt: str | FloatFormat = DEFAULT_FORMAT,
     backend: Backend | None = None,
     **kwargs: Any,
 ) -> Report:

@@ -1,66 +1,88 @@
-"""The graph passes, one file each, and the order in which they run.
+"""The graph passes, one file each, in the order in which they run.
 
-A pass is a function ``(gm, example_inputs, *, config) -> gm``. It says in its docstring what it requires of the graph
-and what it provides; `gws_compile.passes.weights` is all they share.
+    find_reads      lists the graph's weights, and follows each to what uses it        changes nothing
+    select_weights  says which are left alone and why, which of the rest get noise        changes nothing
+    insert_samples  puts ``gws::sample_weight`` between a weight and its reads         new nodes, new inputs
+    fold_casts      has a sample come in the dtype that its reads convert it to        the samples' arguments
+    mark_recompute  marks the samples that backward is to draw again                   the samples' metadata
+
+A pass is a function of a `Rewrite`, the graph with what is known of it, and of settings of its own, which are bound
+when it is put on the list, `passes_of`. It says in its docstring what it requires and what it provides. Passes know
+nothing of one another; shared by them are
+
+    rewrite_context `Rewrite`, what they hand to one another       weights           `Weight` and its uses
+    graph_walk      views and checkpoint bodies                    input_layout      the inputs that are added
+    operations      what an operation does with a weight           parameter_constants  what is computed of parameters
+    runner          runs them, timed, logged and traced
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 from torch import fx
 
 from gws_compile.config import Config
-from gws_compile.torch_internals import copy_graph_module
 
-from .convert import convert_samples
-from .find import find_weight_reads
-from .recompute import recompute_in_backward
-from .sample import InputLayout, LearnedInput, input_layout, is_noisy, sample_weights
-from .select import select_weights
-from .weights import Read, Weight, forget_tables, set_tables, weights_of
+from .find_reads import find_reads
+from .fold_casts import fold_casts
+from .graph_walk import samples
+from .input_layout import InputLayout, LearnedInput
+from .insert_samples import insert_samples, without_samples
+from .mark_recompute import mark_recompute, without_marks
+from .rewrite_context import Rewrite
+from .runner import SKIP_VARIABLE, Pass, run
+from .select_weights import select_weights
+from .weights import Read, Weight, keep_weights, weights_of
 
 __all__ = [
-    "PASSES",
+    "SKIP_VARIABLE",
     "InputLayout",
     "LearnedInput",
+    "Pass",
     "Read",
+    "Rewrite",
     "Weight",
-    "input_layout",
-    "is_noisy",
+    "passes_of",
     "rewrite",
+    "samples",
     "weights_of",
 ]
 
-PASSES: tuple[Callable[..., fx.GraphModule], ...] = (
-    find_weight_reads,
-    select_weights,
-    sample_weights,
-    convert_samples,
-    recompute_in_backward,
-)
+
+def passes_of(config: Config, is_table: Callable[[Weight], bool] = lambda weight: False) -> tuple[Pass, ...]:
+    """The passes in their order, with their settings bound.
+
+    Args:
+        config: the settings of a backend.
+        is_table: whether an earlier graph looks rows up in a weight: where a graph break, or DDP's graph splitting,
+            lies between embedding and head, the head's graph cannot tell that its weight is tied.
+    """
+    return (
+        Pass(find_reads, {"is_table": is_table}),
+        Pass(select_weights, {"config": config}),
+        Pass(insert_samples, {"config": config}, without=without_samples),
+        Pass(fold_casts, {}, without=lambda rewrite: None),
+        Pass(mark_recompute, {"backward": config.backward}, without=without_marks),
+    )
 
 
 def rewrite(
     gm: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    *,
     config: Config,
+    *,
+    number: int = 0,
     is_table: Callable[[Weight], bool] = lambda weight: False,
-) -> fx.GraphModule:
+) -> Rewrite:
     """Run every pass on a copy of Dynamo's graph, which stays as it is.
 
     Args:
-        gm: the graph.
-        example_inputs: its inputs.
+        gm: the graph, while it is traced.
         config: the settings.
-        is_table: whether an earlier graph looks rows up in a weight: where a graph break, or DDP's graph splitting,
-            lies between embedding and head, the head's graph cannot tell that its weight is tied.
+        number: of the graph among the backend's, for log and trace.
+        is_table: see `passes_of`.
     """
-    gm = copy_graph_module(gm)
-    set_tables(gm, is_table)
-    for run in PASSES:
-        gm = run(gm, example_inputs, config=config)
-    forget_tables(gm)
-    return gm
+    rewritten = Rewrite.of(gm)
+    run(passes_of(config, is_table), rewritten, number)
+    keep_weights(rewritten.module, rewritten.weights)
+    return rewritten

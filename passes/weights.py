@@ -1,24 +1,21 @@
-"""What the passes hand to one another: the weights of a graph and their uses.
-
-A pass reads and writes `weights_of(gm)`, never another pass.
-"""
+"""The weights of a graph and their uses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import fx
 
-from gws_compile.sharding import ShardRange
+from gws_compile.numerics.shards import ShardRange
+
+from .graph_walk import Place
 
 _META = "gws_weights"
-_TABLES = "gws_tables"
 
 MATRIX_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes of the parameters that are listed; `gws_compile.sampling.DTYPES` are those that can be sampled."""
+"""Dtypes of the parameters that are listed; `gws_compile.ops.sample_weight.DTYPES` are those that can be sampled."""
 
 
 @dataclass
@@ -28,7 +25,7 @@ class Read:
     Attributes:
         node: the reading node, in the graph it stands in (a checkpoint body's, for one inside).
         op: its name, such as ``linear``.
-        batch_dims: leading dims of the weight that count matrices; see `gws_compile.sampling.matrix_shape`.
+        batch_dims: leading dims of the weight that count matrices; see `gws_compile.numerics.blocks.matrix_shape`.
         location: ``file:line`` of the user's code, empty where Dynamo recorded none.
     """
 
@@ -61,7 +58,7 @@ class Weight:
     """A floating-point parameter of two or more dims, as one graph sees it.
 
     Attributes:
-        node: its placeholder in the outer graph.
+        place: its placeholder in the outer graph, with the way of its value to everything that uses it.
         position: index of that placeholder among the graph's inputs.
         name: qualified name relative to the compiled module.
         shape, dtype, device, trainable: of the parameter; ``trainable`` is its ``requires_grad``.
@@ -71,9 +68,10 @@ class Weight:
         written: it is written in place.
         other_uses: what uses it otherwise.
         reason: why it is left alone; None while it is to be rewritten.
+        noisy: whether it gets noise in this graph, not the cast alone.
     """
 
-    node: fx.Node
+    place: Place
     position: int
     name: str
     shape: tuple[int, ...]
@@ -86,36 +84,28 @@ class Weight:
     written: bool = False
     other_uses: list[Use] = field(default_factory=list)
     reason: str | None = None
+    noisy: bool = False
+
+    @property
+    def node(self) -> fx.Node:
+        """Its placeholder."""
+        return self.place.node
 
 
-def set_weights(gm: fx.GraphModule, weights: list[Weight]) -> None:
-    """Provide the graph's weights to later passes."""
+def keep_weights(gm: fx.GraphModule, weights: list[Weight]) -> None:
+    """Leave with a rewritten graph, which is kept, what is known of its weights."""
     gm.meta[_META] = weights
 
 
-def set_tables(gm: fx.GraphModule, is_table: Callable[[Weight], bool]) -> None:
-    """Say how to know a weight that another graph looks rows up in."""
-    gm.meta[_TABLES] = is_table
-
-
-def forget_tables(gm: fx.GraphModule) -> None:
-    """Drop what `set_tables` said: the graph is kept, and must not keep what the function refers to."""
-    gm.meta.pop(_TABLES, None)
-
-
-def known_table(gm: fx.GraphModule, weight: Weight) -> bool:
-    """What `set_tables` says of the weight; no by default."""
-    is_table: Callable[[Weight], bool] | None = gm.meta.get(_TABLES)
-    return is_table is not None and is_table(weight)
-
-
 def weights_of(gm: fx.GraphModule) -> list[Weight]:
-    """The weights that `find_weight_reads` found.
+    """The weights of a rewritten graph.
 
     Raises:
-        RuntimeError: the pass has not run on this graph.
+        RuntimeError: it is none.
     """
     if _META not in gm.meta:
-        raise RuntimeError("this pass needs the graph's weights: run find_weight_reads first")
+        raise RuntimeError(
+            "only a graph that was rewritten has its weights with it: run gws_compile.passes.rewrite first"
+        )
     weights: list[Weight] = gm.meta[_META]
     return weights

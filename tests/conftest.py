@@ -27,3 +27,11 @@ def own_settings():
     for name in [name for name in os.environ if name.startswith("GWS_")]:
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture
+def fresh():
+    """No backends of earlier tests, which would follow the optimizers of this one; nothing compiled; the same seed."""
+    gc.collect()
+    torch._dynamo.reset()
+    torch.manual_seed(0)

@@ -1,9 +1,12 @@
 """Bad settings: one clear error that names the value and what is accepted, before anything is compiled."""
 
+import inspect
+from dataclasses import fields
+
 import pytest
 
 import gws_compile
-from gws_compile.config import Config
+from gws_compile.config import Config, Settings
 
 
 @pytest.mark.parametrize(
@@ -44,6 +47,14 @@ def test_bad_settings(settings, message):
         return
     with pytest.raises(ValueError, match=message):
         gws_compile.backend(**settings)
+
+
+@pytest.mark.parametrize("function", [gws_compile.backend, Config.make])
+def test_arguments_are_the_settings(function):
+    arguments = inspect.signature(function).parameters.values()
+    assert [(a.name, a.annotation, a.default) for a in arguments] == [
+        (f.name, f.type, f.default) for f in fields(Settings)
+    ]
 
 
 def test_unknown_argument_is_a_type_error():

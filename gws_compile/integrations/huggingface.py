@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..compiler import Backend
-from ..entry_point import named_backends
+from ..command_line.named_backend import named_backends
+from ..compiler.backend import Backend
 from ..warning import GwsWarning
 
 

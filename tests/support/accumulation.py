@@ -1,16 +1,6 @@
-"""A small model, and its training with gradients accumulated over micro-batches."""
+"""Training with gradients accumulated over micro-batches."""
 
 import torch
-from torch import nn
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(40, 72), nn.Linear(72, 40)
-
-    def forward(self, x):
-        return x + self.down(self.up(x).relu())
 
 
 def loss_of(call, x):

@@ -21,7 +21,11 @@ def reasons() -> list[list[str]]:
     """The fixed parts of every reason for which a weight is left alone."""
     found = [["a DTensor with", ": only Shard and Replicate are sampled"]]  # an exception's text lies in between
     assert all(part in fixed_text() for part in found[0])
-    for path in (ROOT / "passes" / "select.py", ROOT / "gws_compile" / "unseen.py"):
+    for path in (
+        ROOT / "passes" / "select_weights.py",
+        ROOT / "passes" / "insert_samples.py",
+        ROOT / "gws_compile" / "report" / "untraced.py",
+    ):
         tree = ast.parse(path.read_text())
         for function in [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and _is_reason(n.name)]:
             returned = [n.value for n in ast.walk(function) if isinstance(n, ast.Return) and n.value is not None]

@@ -2,8 +2,8 @@
 
 import torch
 
-import gws_compile.lowering  # noqa: F401  registers the lowerings
-from gws_compile.sampling import OPERATOR_VERSION
+import gws_compile.codegen.lowering  # noqa: F401  registers the lowerings
+from gws_compile.ops.sample_arguments import OPERATOR_VERSION
 
 KEY = torch.tensor([123456789, -987654321], dtype=torch.int32)
 CLOCK = torch.tensor([7, -1, 0], dtype=torch.int32)

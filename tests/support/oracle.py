@@ -11,8 +11,9 @@ import math
 import numpy as np
 import torch
 
-from gws_compile.formats import FloatFormat
-from gws_compile.sampling import sample_eager
+from gws_compile.numerics.formats import FloatFormat
+from gws_compile.numerics.spec import SampleSpec
+from gws_compile.ops.eager import sample_eager
 
 # The element types of ml_dtypes, by their name there.
 ML_DTYPES_FORMATS = {
@@ -167,7 +168,8 @@ def sample(
     words = torch.from_numpy(np.array([*key, step, -int(enabled)], np.int64).astype(np.uint32).view(np.int32))
     dims = int(w.ndim == 3) if batch_dims is None else batch_dims
     width = fmt.noise_bits if bits is None else bits
-    return sample_eager(w, words[:2], words[2:], dims, fmt, width, noise, block, scale)
+    spec = SampleSpec(fmt, noise, width, scale, None, w.dtype)
+    return sample_eager(w, spec, dims, block, words[:2], words[2:])
 
 
 def random_floats(shape: int | tuple[int, ...], seed: int, exponents: tuple[int, int] = (-127, 127)) -> np.ndarray:

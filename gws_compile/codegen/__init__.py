@@ -1,0 +1,1 @@
+"""How Inductor writes the operators: lowerings, the loops over a weight, and a C++ kernel of our own."""

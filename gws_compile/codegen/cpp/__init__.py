@@ -1,0 +1,1 @@
+"""The C++ kernel that samples a weight on a CPU."""

@@ -1,0 +1,140 @@
+"""Inductor's lowering of ``gws::sample_weight`` and of its gradient.
+
+The arithmetic of `gws_compile.numerics.spec` becomes loop-level code, in `ElementLoops` or `BlockLoops`; on a CPU,
+where nothing is to be fused with the sample, the kernel of `gws_compile.codegen.cpp`.
+
+Importing this module registers the lowerings; the backend does so before it compiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..numerics.primitives import Value
+from ..numerics.spec import SampleSpec, Words
+from ..ops.sample_arguments import BitsGradientArguments, SampleArguments
+from ..torch_internals import inductor
+from .block_loops import BlockLoops
+from .cpp import kernel
+from .element_loops import ElementLoops
+from .loops import Index, Loader, Loops
+
+
+def _loops_over(w: Any, batch_dims: int, block: Sequence[int], whole: Sequence[int], *, in_blocks: bool) -> Loops:
+    """The loops over a weight: block by block if that is wanted, and possible.
+
+    Args:
+        w: Inductor's tensor.
+        batch_dims, block, whole: of the operator.
+        in_blocks: whether nothing is to be fused with the result but what is written in the loops.
+    """
+    # Read by a reduction and by a pointwise loop: a weight that is a view of something is stored first.
+    w.realize()
+    if in_blocks and BlockLoops.suit(w, batch_dims, block, whole):
+        return BlockLoops(w, batch_dims, block)
+    return ElementLoops(w, batch_dims, block)
+
+
+def _lower(*arguments: Any) -> Any:
+    given = SampleArguments(*arguments)
+    w = given.w
+    spec = given.spec(w.get_dtype())
+    alone = not inductor.has_pointwise_user()
+    if alone:
+        sampled = kernel.sample(given, spec)
+        if sampled is not None:
+            return sampled
+    # Learned widths take several values for each block, which are stored: on a GPU, in a kernel of their own.
+    in_blocks = alone and spec.rule is None
+    loops = _loops_over(w, given.batch_dims, given.block, given.whole, in_blocks=in_blocks)
+    key, clock = (_words(given.key), _words(given.clock)) if spec.noisy else (None, None)
+    of_block = _block_values(loops, spec, given.learned, clock)
+    load = loops.sampled_load()
+    element_index = loops.element_index(*given.part) if spec.noisy else None
+
+    def element(index: Index) -> Value:
+        w, block = load(index), loops.block_of(index)
+        return spec.of_element(
+            loops.p,
+            w,
+            lambda name: of_block[name](block),
+            None if element_index is None else lambda: element_index(index),
+            key,
+            clock,
+        )
+
+    return loops.store(element, given.out_dtype or spec.dtype)
+
+
+def _block_values(loops: Loops, spec: SampleSpec, learned: Any, clock: Words | None) -> dict[str, Loader]:
+    """The loaders of `SampleSpec.block_values`, by block: stored for learned widths, else as `Loops.of_blocks` does."""
+    if not spec.block_values:
+        return {}
+    amax = loops.maximum()
+    load_learned = None if learned is None else _load_learned(learned)
+
+    def of_block(name: str) -> Loader:
+        def value(block: Index) -> Value:
+            width_parameter = None if load_learned is None else lambda: load_learned(block)
+            return spec.of_block(loops.p, lambda: amax(block), width_parameter, clock)[name]()
+
+        return value
+
+    if spec.rule is not None:
+        return {name: loops.stored(of_block(name), dtype) for name, dtype in spec.block_values.items()}
+    return {name: loops.of_blocks(of_block(name)) for name in spec.block_values}
+
+
+def _load_learned(learned: Any) -> Loader:
+    """The loader of a width parameter by block index: one for all blocks, for each, or for each of a matrix."""
+    load = learned.make_loader()
+    dims = len(learned.get_size())
+    return lambda index: load(list(index)[len(index) - dims :])
+
+
+def _words(tensor: Any) -> Words:
+    load = tensor.make_loader()
+    return lambda position: load([position])
+
+
+def _lower_gradient(*arguments: Any) -> Any:
+    """One loop over the weight for both reductions, the block maximum and the sum of gradient times noise."""
+    given = BitsGradientArguments(*arguments)
+    spec = given.spec
+    device, learned = given.w.get_device(), given.learned
+    loops = _loops_over(given.w, given.batch_dims, given.block, given.whole, in_blocks=False)
+    p = loops.p
+    key, clock = _words(given.key), _words(given.clock)
+    element_index = loops.element_index(given.whole, given.offset)
+    load_grad, load_learned = given.grad.make_loader(), _load_learned(learned)
+
+    def product(index: Index) -> Value:
+        r = spec.of_element(p, lambda: element_index(index), key, clock)
+        return p.fmul(inductor.ops.to_dtype(load_grad(index), torch.float32), r)
+
+    amax, total = loops.maximum(), loops.reduce("sum", product, torch.float32)
+
+    def of_block(block: Index) -> Value:
+        return spec.of_block(p, lambda: total(block), lambda: amax(block), lambda: load_learned(block))
+
+    dims = len(learned.get_size())
+    if dims == 0:
+        of_weight = inductor.sum(
+            inductor.pointwise(device=device, dtype=torch.float32, value=of_block, ranges=list(loops.blocks)),
+            [0, 1, 2],
+        )
+        of_weight.realize()
+        load_of_weight = of_weight.make_loader()
+
+    def of_parameter(index: Index) -> Value:
+        gradient = load_of_weight([]) if dims == 0 else of_block([0] * (3 - dims) + list(index))
+        return spec.of_parameter(p, gradient, learned.make_loader()(index))
+
+    return inductor.pointwise(device=device, dtype=torch.float32, value=of_parameter, ranges=list(learned.get_size()))
+
+
+inductor.register_lowering(torch.ops.gws.sample_weight.default, _lower)
+inductor.register_lowering(torch.ops.gws.bits_gradient.default, _lower_gradient)

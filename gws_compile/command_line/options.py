@@ -1,0 +1,73 @@
+"""The settings of a backend as options of a command, made from `gws_compile.config.SETTINGS`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from ..config import SETTINGS
+from .settings_text import CONFIG_VARIABLE, NAMES, checked, from_environment, nearest, variable
+
+
+class UsageError(Exception):
+    """A wrong command line; the message says what is accepted."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that names the nearest option where there is none of a name."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with exit code 2."""
+        option = message.partition("unrecognized arguments: ")[2].partition(" ")[0].partition("=")[0]
+        if option.startswith("-"):
+            message += f" ({nearest(option, self._option_string_actions)})"
+        super().error(message)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """An option for each argument of `gws_compile.backend`, and ``--config``."""
+    group = parser.add_argument_group(
+        "settings",
+        "The arguments of gws_compile.backend(). What is not given here is taken from the environment (GWS_FMT, "
+        "GWS_BITS, ...), then from the TOML file, whose keys have the same names.",
+    )
+    group.add_argument("--config", metavar="FILE.toml", help=f"a file with settings (or {CONFIG_VARIABLE})")
+    for setting in SETTINGS:
+        option, text = f"--{setting.name}", setting.help.replace("%", "%%")
+        if isinstance(setting.default, bool):
+            group.add_argument(option, action=argparse.BooleanOptionalAction, default=None, help=text)
+        elif setting.several:
+            text += " Parted by commas, or given several times."
+            group.add_argument(option, metavar=setting.metavar, action="append", help=text)
+        else:
+            group.add_argument(option, metavar=setting.metavar, help=text)
+
+
+def export_settings(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Put the settings given as options into the environment, where the processes that are started find them too.
+
+    Returns:
+        All settings, from the command line, the environment and the file.
+
+    Raises:
+        UsageError: a bad value, wherever it comes from.
+    """
+    try:
+        if parsed.config is not None:
+            os.environ[CONFIG_VARIABLE] = os.path.abspath(parsed.config)  # noqa: PTH100
+        for name in NAMES:
+            text = _text(getattr(parsed, name))
+            if text is not None:
+                checked(name, text, f"--{name} {text}")
+                os.environ[variable(name)] = text
+        return from_environment()
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from None
+
+
+def _text(value: str | bool | Sequence[str] | None) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    return str(value).lower() if isinstance(value, bool) else ",".join(value)

@@ -1,0 +1,84 @@
+"""``gws run``: a script, unmodified, with this backend for its ``torch.compile`` calls."""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+from pathlib import Path
+from typing import Any
+
+from .main_program import NotFoundError, run_module, run_script
+from .options import UsageError, add_settings, export_settings
+from .run_session import RunOptions, RunSession
+
+_DESCRIPTION = """\
+Run a training script as `python train.py` does, with the gws backend for every torch.compile(...), Module.compile(...)
+and @torch.compile that asks for the default compiler; their other arguments are kept. A call that names another backend
+is left alone, with a warning. At the end a report on stderr says what was rewritten.
+"""
+
+_EPILOG = """\
+examples:
+  gws run train.py --lr 3e-4
+  gws run --fmt fp6_e3m2 --include '*.mlp.*' -m package.train --lr 3e-4
+  gws run --auto --report report.json train.py
+  torchrun --nproc-per-node 8 -m gws_compile run --config gws.toml train.py
+
+torch is imported before the script runs: variables that torch reads at its import (OMP_NUM_THREADS, TORCH_LOGS) are to
+be set outside of the script.
+"""
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to the parsers of ``gws``."""
+    parser = commands.add_parser(
+        "run",
+        help="run an unmodified training script with pseudo-quantization training",
+        usage="gws run [options] (SCRIPT | -m MODULE) [arguments of the script]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-m", "--module", action="store_true", help="SCRIPT is the name of a module, as for python -m")
+    parser.add_argument(
+        "--auto",
+        action="store_true",
+        help="compile what the script does not: every outermost module, on its first call with gradients enabled",
+    )
+    parser.add_argument(
+        "--report",
+        metavar="FILE",
+        help="write the report there: JSON if it ends in .json, the page of gws explain if in .html, else text",
+    )
+    parser.add_argument("script", metavar="SCRIPT", help="the program to run")
+    parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="its own arguments")
+    add_settings(parser)
+    parser.set_defaults(function=run)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Run the script.
+
+    Returns:
+        0; whatever else the script ends with comes out of it as it is.
+
+    Raises:
+        UsageError: a bad setting, or no such script.
+    """
+    export_settings(parsed)
+    if parsed.report is not None and not Path(parsed.report).absolute().parent.is_dir():
+        raise UsageError(f"--report {parsed.report}: there is no such folder")
+    try:
+        file = parsed.report and str(Path(parsed.report).absolute())
+        session = RunSession(RunOptions(parsed.script, parsed.auto, file))
+    except ValueError as error:  # settings that are good one by one, but not together
+        raise UsageError(str(error)) from None
+    session.start()
+    atexit.register(session.report.finish)  # behind the program's threads and its own exit handlers
+    try:
+        (run_module if parsed.module else run_script)(parsed.script, parsed.arguments)
+    except NotFoundError as error:
+        atexit.unregister(session.report.finish)
+        raise UsageError(str(error)) from None
+    return 0

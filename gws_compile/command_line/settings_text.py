@@ -1,0 +1,185 @@
+"""Settings as text: the arguments of `gws_compile.backend` from the environment and from a TOML file.
+
+The settings are those of `gws_compile.config.SETTINGS`: what is added there is a variable, an option and a key of the
+file at once. One that is text (``GWS_BITS=5``, ``--bits 5``) is read by `read`; what a value may be is decided by
+`Config.make` alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..config import SETTINGS, Config, LearnedBits
+from ..passes import SKIP_VARIABLE
+from ..warning import GwsWarning
+
+NAMES = tuple(setting.name for setting in SETTINGS)
+"""The settings, which are the arguments of `gws_compile.backend`."""
+
+PREFIX = "GWS_"
+CONFIG_VARIABLE = f"{PREFIX}CONFIG"
+"""Names a TOML file with settings."""
+
+
+def variable(name: str) -> str:
+    """The environment variable of a setting: ``GWS_BITS`` for ``bits``."""
+    return PREFIX + name.upper()
+
+
+def read(name: str, text: str) -> Any:
+    """The value that a text stands for; text that is none is given back as it is, for `Config.make` to refuse.
+
+    Args:
+        name: of the setting.
+        text: ``"5"``, ``"learned"`` or ``"learned:average=5,granularity=weight"`` for bits; ``"32x32"`` or ``"32,32"``
+            for block; globs parted by commas; ``"none"`` for no scale; ``"true"`` or ``"1"``.
+
+    Raises:
+        ValueError: an unknown or bad argument of `LearnedBits`.
+    """
+    return _READERS.get(name, str)(text)
+
+
+def from_environment(environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The settings of the ``GWS_*`` variables, over those of the file that ``GWS_CONFIG`` names.
+
+    Args:
+        environment: the variables; those of the process when None. The file is read once.
+
+    Raises:
+        ValueError: a bad value, or an unknown key in the file; the message says where and what is accepted. OSError:
+            no such file.
+    """
+    environment = os.environ if environment is None else environment
+    return dict(_from_variables(tuple(sorted((k, v) for k, v in environment.items() if k.startswith(PREFIX)))))
+
+
+@lru_cache(maxsize=8)
+def _from_variables(variables: tuple[tuple[str, str], ...]) -> tuple[tuple[str, Any], ...]:
+    known = {variable(name): name for name in NAMES}
+    settings: dict[str, Any] = {}
+    path = dict(variables).get(CONFIG_VARIABLE)
+    if path:
+        settings |= from_file(path)
+    for key, text in variables:
+        if key in known:
+            settings[known[key]] = checked(known[key], text, f"{key}={text!r}")
+        elif key not in (CONFIG_VARIABLE, SKIP_VARIABLE):
+            message = f"the environment variable {key} has no effect: {nearest(key, [*known, CONFIG_VARIABLE])}"
+            warnings.warn(message, GwsWarning, stacklevel=4)
+    return tuple(settings.items())
+
+
+def from_file(path: str | Path) -> dict[str, Any]:
+    """The settings in a TOML file: its keys are the arguments of `gws_compile.backend`.
+
+    A table ``[bits]`` holds the arguments of `LearnedBits`. Text stands for what it does in the environment.
+
+    Raises:
+        ValueError: no TOML, an unknown key, or a bad value. OSError: no such file.
+    """
+    try:
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not TOML: {error}") from None
+    if unknown := [key for key in content if key not in NAMES]:
+        raise ValueError(f"{path}: unknown key {unknown[0]!r}: {nearest(unknown[0], NAMES)}")
+    return {name: checked(name, value, f"{path}: {name} = {value!r}") for name, value in content.items()}
+
+
+def checked(name: str, value: Any, source: str) -> Any:
+    """The setting's value, if it is a good one by itself.
+
+    Args:
+        name: of the setting.
+        value: text, or what a TOML file holds.
+        source: where it was found, for the message.
+
+    Raises:
+        ValueError: a bad value.
+    """
+    try:
+        if isinstance(value, str):
+            value = read(name, value)
+        elif name == "bits" and isinstance(value, dict):
+            value = _learned_bits(value)
+        Config.make(**{name: value})
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    return value
+
+
+def nearest(name: str, accepted: Iterable[str]) -> str:
+    """The hint of a message: the accepted name that is nearest to a wrong one, or all of them."""
+    accepted = list(accepted)
+    close = get_close_matches(name, accepted, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"accepted: {', '.join(accepted)}"
+
+
+def _learned_bits(arguments: dict[str, Any]) -> LearnedBits:
+    accepted = [field.name for field in fields(LearnedBits)]
+    if unknown := [name for name in arguments if name not in accepted]:
+        raise ValueError(f"LearnedBits has no {unknown[0]!r}: {nearest(unknown[0], accepted)}")
+    if isinstance(arguments.get("formats"), list):  # frozen, so that backends can be told apart by their settings
+        arguments = {**arguments, "formats": tuple(arguments["formats"])}
+    return LearnedBits(**arguments)
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _bits(text: str) -> Any:
+    kind, _, rest = text.partition(":")
+    if kind != "learned":
+        return _number(text)
+    pairs = (pair.partition("=") for pair in rest.split(",") if pair)
+    return _learned_bits({name.strip(): _number(value.strip()) for name, _, value in pairs})
+
+
+def _block(text: str) -> Any:
+    sides = re.split(r"[x,]", text.strip("()[] "))
+    return tuple(int(side) if side.strip().isdecimal() else side for side in sides)
+
+
+def _globs(text: str) -> tuple[str, ...] | str:
+    return tuple(glob.strip() for glob in text.split(",") if glob.strip()) or text
+
+
+def _seed(text: str) -> int | str:
+    try:
+        return int(text, 0)
+    except ValueError:
+        return text
+
+
+def _strict(text: str) -> bool | str:
+    words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    return words.get(text.lower(), text)
+
+
+def _scale(text: str) -> str | None:
+    return None if text == "none" else text
+
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    "bits": _bits,
+    "block": _block,
+    "scale": _scale,
+    "include": _globs,
+    "exclude": _globs,
+    "seed": _seed,
+    "strict": _strict,
+}

@@ -1,0 +1,210 @@
+"""Giving this backend to a script's ``torch.compile`` calls that name none: `TorchCompilePatch`, for ``gws run``."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..compiler.backend import Backend
+from ..torch_internals import compilers
+from ..warning import GwsWarning
+
+# Where a call of torch.compile passes through on its way from the user: Module.compile, torch.compiler.compile, and
+# torch.compile's own decorator form.
+_PASSED_THROUGH = ("torch", "torch.compiler", "torch.nn.modules.module")
+
+
+@dataclass(frozen=True)
+class CompileCall:
+    """One compilation that the script asked for, or that ``--auto`` added.
+
+    Attributes:
+        where: ``file:line`` of the caller.
+        target: what is compiled: a class of modules or a function, by name.
+        taken: whether it has the gws backend.
+        reason: why it was left alone, such as ``"backend='cudagraphs'"``; for a taken one what made it so.
+    """
+
+    where: str
+    target: str
+    taken: bool
+    reason: str = ""
+
+
+@dataclass
+class CompileCalls:
+    """What was seen, in order.
+
+    Attributes:
+        seen: each different call with how often it was made.
+        own: the gws backends that the script made itself.
+        rank: this process's in torch.distributed, None where there is none.
+    """
+
+    seen: Counter[CompileCall] = field(default_factory=Counter)
+    own: list[Backend] = field(default_factory=list)
+    rank: int | None = None
+
+    def add(self, call: CompileCall) -> None:
+        """Count a call."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self.rank = torch.distributed.get_rank()  # kept: at the end the process group may be gone
+        self.seen[call] += 1
+
+    @property
+    def taken(self) -> dict[CompileCall, int]:
+        """The calls that have the gws backend, with how often they were made."""
+        return {call: n for call, n in self.seen.items() if call.taken}
+
+    @property
+    def left(self) -> dict[CompileCall, int]:
+        """The calls that were left alone."""
+        return {call: n for call, n in self.seen.items() if not call.taken}
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """The calls for JSON, each with its ``count``."""
+        return [{**asdict(call), "count": n} for call, n in self.seen.items()]
+
+
+class TorchCompilePatch:
+    """Stands in for ``torch.compile`` between `install` and `remove`.
+
+    torch.compile itself is replaced, which every way to ask for compilation comes through: ``Module.compile``, the
+    decorator with arguments and without, ``torch.compiler.compile``, and ``from torch import compile`` in a script that
+    is run afterwards. Two less invasive ways do not do: Dynamo's registry is not asked for the name "inductor"
+    (torch.compile handles it before any look-up), and ``torch.compiler.set_default_backend`` neither sees a script (or
+    trainer) that says ``backend="inductor"`` nor tells which calls there were, which the report has to say.
+
+    Args:
+        backend: what calls for the default compiler get.
+        calls: takes the record.
+
+    Attributes:
+        backend, calls: as given.
+    """
+
+    def __init__(self, backend: Backend, calls: CompileCalls) -> None:
+        self.backend = backend
+        self.calls = calls
+        self._original: Callable[..., Any] = torch.compile
+        self._script: WeakIdKeyDictionary = WeakIdKeyDictionary()  # modules that the script has given to torch.compile
+        self._here: WeakIdKeyDictionary = WeakIdKeyDictionary()  # modules given to `compile`
+
+    def install(self) -> None:
+        """Replace ``torch.compile``."""
+        original = self._original = torch.compile
+
+        @functools.wraps(original)
+        def compile(*args: Any, **kwargs: Any) -> Any:
+            return original(*args, **self._redirected(args, kwargs))
+
+        torch.compile = compile
+
+    def remove(self) -> None:
+        """Put torch's own back; what has been compiled stays as it is."""
+        torch.compile = self._original
+
+    def compile(self, module: nn.Module) -> None:
+        """Compile a module in place with the backend; the call is on the record as one of ``--auto``."""
+        compilers.compile_in_place(module, self._original, backend=self.backend)
+        self._here[module] = True
+        self.calls.add(CompileCall(caller()[1], type(module).__name__, taken=True, reason="--auto"))
+
+    def compiled_by_script(self, module: nn.Module) -> bool:
+        """Whether the script has compiled the module itself, by ``torch.compile`` or in place."""
+        return module in self._script or (compilers.is_compiled(module) and module not in self._here)
+
+    def _redirected(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The keyword arguments with the backend exchanged where the default one is asked for."""
+        model = args[0] if args else kwargs.get("model")
+        module, where = caller()
+        if module not in _PASSED_THROUGH and module.partition(".")[0] in ("torch", "gws_compile"):
+            return kwargs  # compiles something of its own
+        backend = kwargs.get("backend")
+        if backend is None:
+            backend = compilers.default_backend()
+        ahead = bool((kwargs.get("options") or {}).get("use_aoti"))  # another compiler of the same name
+        default = backend == "inductor" and not ahead and not kwargs.get("disable")
+        if default:
+            kwargs = {**kwargs, "backend": self.backend}
+        if model is None:
+            return kwargs  # a decorator with arguments: the call with the function is still to come
+        target = describe(model)
+        if isinstance(model, nn.Module) and not kwargs.get("disable"):
+            self._script[model] = True
+        if kwargs.get("disable"):
+            self.calls.add(CompileCall(where, target, taken=False, reason="disable=True"))
+        elif default or backend is self.backend:
+            self.calls.add(CompileCall(where, target, taken=True))
+        elif backend == "gws":
+            self.calls.add(CompileCall(where, target, taken=True, reason="backend='gws' in the script"))
+        elif isinstance(backend, Backend):
+            if not any(backend is known for known in self.calls.own):
+                self.calls.own.append(backend)
+            self.calls.add(CompileCall(where, target, taken=True, reason="a gws backend of the script's own"))
+        else:
+            named = f"backend={backend!r}" if isinstance(backend, str) else f"backend={describe(backend)}"
+            if ahead:
+                named = "options={'use_aoti': True}"
+            self.calls.add(CompileCall(where, target, taken=False, reason=named))
+            warnings.warn(
+                f"torch.compile of {target} at {where} is left alone: the script names {named}",
+                GwsWarning,
+                stacklevel=3,
+            )
+        return kwargs
+
+
+def caller() -> tuple[str, str]:
+    """Who calls torch.compile.
+
+    Returns:
+        The name of the module that calls, and ``file:line`` of the first frame that is neither torch's nor this
+        package's.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and _module(frame) == __name__:
+        frame = frame.f_back
+    direct = "" if frame is None else _module(frame)
+    while frame is not None and _module(frame).partition(".")[0] in ("torch", "gws_compile"):
+        frame = frame.f_back
+    return direct, "an unknown place" if frame is None else f"{_short(frame.f_code.co_filename)}:{frame.f_lineno}"
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))
+
+
+def _short(filename: str) -> str:
+    """A file as a reader knows it: from the working directory, or from the folder of installed packages."""
+    if inside := filename.partition(f"site-packages{os.sep}")[2]:
+        return inside
+    path = Path(filename)
+    with contextlib.suppress(OSError):  # the working directory may be gone
+        if path.is_relative_to(Path.cwd()):
+            return str(path.relative_to(Path.cwd()))
+    return filename
+
+
+def describe(target: object) -> str:
+    """A module by its class, a function by its name."""
+    if isinstance(target, nn.Module):
+        return type(target).__name__
+    if isinstance(owner := getattr(target, "__self__", None), nn.Module):
+        return type(owner).__name__  # Module.compile compiles a bound method
+    if isinstance(target, functools.partial):
+        return describe(target.func)
+    return str(getattr(target, "__qualname__", None) or type(target).__name__)

@@ -1,0 +1,290 @@
+"""The backend: the protocol of `torch.compile`, and what a user calls."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from ..config import Config
+from ..learned_bits.binding_widths import WidthFinder
+from ..learned_bits.learned_widths import LearnedWidths
+from ..learned_bits.plot import plot_bits
+from ..passes import Rewrite
+from ..report.metrics import Metrics
+from ..report.report import Report
+from ..runtime.binding import Bindings
+from ..runtime.clock import Clock
+from ..runtime.optimizer_hooks import after_each_step
+from ..runtime.sampled_weights import SampledWeights
+from ..runtime.weight_registry import WeightRegistry
+from ..torch_internals.compilers import is_given_to_compile
+from .compiled_graph import compile_rewritten
+from .diagnostics import Diagnostics
+from .reporting import Reporting
+from .rewriting import Rewriting
+from .tracer import trainable_weights
+
+
+class Backend:
+    """A ``torch.compile`` backend that samples the weights of every graph it compiles.
+
+    Made by `gws_compile.backend`; pass it as ``torch.compile(model, backend=...)`` or
+    ``model.compile(backend=...)``. One backend may serve several models, and several graphs of each.
+
+    Attributes:
+        config: the settings, validated and frozen.
+    """
+
+    __name__ = "gws"  # what torch.compile calls the backend in its messages
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._registry = WeightRegistry()
+        self._sampled = SampledWeights(self._registry)
+        self._clock = Clock()
+        this = weakref.ref(self)
+        self._diagnostics = Diagnostics(config, self._registry, lambda: is_given_to_compile(this()))
+        self._rewriting = Rewriting(config, self._diagnostics)
+        self._learned = None if config.learned is None else LearnedWidths(config.learned, config.block)
+        self._reporting = Reporting(config, self._rewriting, self._registry, self._sampled, self._clock, self._learned)
+        if config.resample == "step":
+            after_each_step(self._clock, Clock.optimizer_stepped)
+        after_each_step(self._diagnostics, Diagnostics.optimizer_stepped)
+        if self._learned is not None:
+            after_each_step(self._learned, LearnedWidths.after_step)
+
+    @property
+    def graphs(self) -> list[fx.GraphModule]:
+        """The rewritten FX graphs, in the order in which they were compiled."""
+        return self._rewriting.graphs
+
+    def __call__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> Callable[..., Any]:
+        """Rewrite one traced graph and compile it; the protocol of torch.compile's backends.
+
+        Args:
+            gm: Dynamo's graph; it stays as it is.
+            example_inputs: its inputs, real or fake.
+            mode: a mode of ``torch.compile``, for Inductor.
+            options: Inductor's options.
+
+        Returns:
+            The compiled function, called with the graph's inputs.
+
+        Raises:
+            ValueError: under ``strict``, when no weight is rewritten or an included one is skipped; or when ``mode`` or
+                ``options`` are given and the inner compiler is not Inductor.
+        """
+        if (mode or options) and self.config.inner != "inductor":
+            raise ValueError(
+                f"mode={mode!r} and options={options!r} are Inductor's, but inner is {self.config.inner!r}"
+            )
+        rewritten, _ = self._rewriting(gm, example_inputs)
+        return compile_rewritten(
+            rewritten,
+            example_inputs,
+            self._bindings_of,
+            self._clock,
+            self._diagnostics,
+            self.config,
+            mode=mode,
+            options=options,
+        )
+
+    def _bindings_of(self, rewritten: Rewrite) -> Bindings:
+        widths = None
+        if self._learned is not None:
+            widths = WidthFinder(self._learned.parameters, self._registry, rewritten.layout.learned)
+        return Bindings(
+            rewritten.layout,
+            rewritten.selected,
+            seed=self.config.seed,
+            registry=self._registry,
+            sampled=self._sampled,
+            find_widths=widths,
+        )
+
+    def report(self) -> Report:
+        """Every weight seen so far, rewritten or why not, and the graphs; `Report.to_html` makes a page of it.
+
+        Behind the weights of the graphs come those of the models in training that no graph has.
+        """
+        return self._reporting.report()
+
+    def metrics(self) -> Metrics:
+        """What the cast and the noise do to each sampled weight as it is now; see `gws_compile.WeightMetrics`.
+
+        Computed in eager torch, outside every graph: nothing is compiled again, no random number is drawn, nothing is
+        kept for autograd. The weights are those that compiled graphs have been called with: tied ones stand there once,
+        frozen ones without noise. The noise is that of the last forward's draw. On a GPU it synchronizes.
+
+        Sharded weights (DTensor: FSDP2, tensor parallelism) are gathered one by one: all ranks have to call it, and get
+        the metrics of the whole weights.
+        """
+        return self._reporting.metrics()
+
+    def step(self) -> None:
+        """Draw new noise from the next training forward on.
+
+        Not needed with ``torch.optim`` optimizers, which are followed; for update loops of your own. Calling it beside
+        an optimizer makes no second draw.
+        """
+        self._clock.tick()
+
+    @contextmanager
+    def noise(self, enabled: bool) -> Iterator[None]:
+        """Switch the noise off (or on) inside a ``with`` block; nothing is compiled again.
+
+        With the noise off, training graphs cast the weights as evaluation does, bit for bit.
+        """
+        before, self._clock.enabled = self._clock.enabled, bool(enabled)
+        try:
+            yield
+        finally:
+            self._clock.enabled = before
+
+    def prepare(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Find a model's weights and make the parameters of their bit widths, before anything runs.
+
+        An optimizer can then be built with `parameters`, and a checkpoint loaded. The model is traced on fake tensors:
+        nothing is computed. Without learned widths there is nothing to do. Call it before ``fully_shard``.
+
+        Args:
+            model: the module that will be called in training; a wrapped or compiled one is looked into.
+            *args: an example of the call's positional arguments; their values do not matter.
+            **kwargs: of its keyword arguments.
+        """
+        if self._learned is not None:
+            for name, weight, batch_dims in trainable_weights(model, args, kwargs, self.config):
+                self._learned.parameters.prepare(weight, name, batch_dims, used=self._registry.name(weight))
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """The backend's own trainable parameters, those of learned bit widths: a weight's name and ``.bits``.
+
+        float32: (block rows, block columns), with the matrices of an expert weight in front, or () for a width per
+        weight. They exist for the weights that `prepare` or a forward has seen; there are none while widths are fixed.
+        """
+        return iter(()) if self._learned is None else self._learned.parameters.named_parameters()
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """The parameters of `named_parameters`, for an optimizer."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def bits(self) -> dict[str, torch.Tensor]:
+        """The current bit widths by the weights' names, float32, shaped like the parameters; empty while fixed."""
+        return {} if self._learned is None else self._learned.parameters.widths()
+
+    def average_bits(self) -> float:
+        """The average bit width over all elements of the sampled weights; the fixed width where it is fixed."""
+        return self.config.bits if self._learned is None else self._learned.average()
+
+    def plot_bits(self, path: str | Path) -> None:
+        """Plot the learned bit widths: a heat map of each weight's blocks, and their histogram over training steps.
+
+        Args:
+            path: of the picture; its ending says the format (``.png``, ``.pdf``, ``.svg``).
+
+        Raises:
+            ImportError: matplotlib is missing. ValueError: no weight is known yet. RuntimeError: widths are fixed.
+        """
+        if self._learned is None:
+            raise RuntimeError("plot_bits() needs bits=LearnedBits(...); the bit widths of this backend are fixed")
+        rule = self._learned.parameters.rule
+        plot_bits(path, self._learned.parameters.widths(), self._learned.history, (rule.min, rule.max))
+
+    def bit_loss(self, *, weighting: Literal["weight", "size"] = "weight") -> torch.Tensor:
+        """The loss term of learned bit widths, a float32 scalar; zero while widths are fixed.
+
+        With `LearnedBits.average`, the augmented Lagrangian of that average: add it to the loss as it is. Otherwise
+        the mean of ``|b - target|`` over each weight's blocks, averaged over the weights: add it with a coefficient.
+
+        Args:
+            weighting: how weights are averaged: alike, or by their number of elements.
+
+        Raises:
+            RuntimeError: no weight is known yet.
+        """
+        return torch.zeros(()) if self._learned is None else self._learned.loss(weighting)
+
+    def freeze_bits(self, *, per_weight: bool = False) -> None:
+        """Round the learned widths up to what their formats stand for, and train on at these widths.
+
+        From here on training too casts each block to its width's format. Nothing is compiled again; the bit widths'
+        parameters no longer require gradients. Frozen widths stay so.
+
+        Args:
+            per_weight: one format for each weight, that of its average width, for hardware that cannot mix formats
+                inside a weight.
+        """
+        if self._learned is None:
+            raise RuntimeError("freeze_bits() needs bits=LearnedBits(...); the bit widths of this backend are fixed")
+        self._learned.parameters.freeze(per_weight=per_weight)
+        self._clock.frozen = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to draw the same noise.
+
+        Plain numbers, strings and lists, for ``torch.save``, and for ``torch.distributed.checkpoint``, which also takes
+        the backend itself (``dcp.save({"model": model, "pqt": pqt})``); the same on every rank.
+
+        Returns:
+            ``"seed"`` and ``"step"`` (the number of the next forward's draw), ints; ``"fmt"``, the format's
+            specification; ``"weights"``, a list of ``[name, shape]`` of the weights that were sampled, whose names,
+            with the seed, are their keys. With learned bit widths also ``"bits"``, their parameters by the weights'
+            names, ``"frozen"``, 0 or 1, and ``"steering"``, two scalar tensors, with `LearnedBits.average`.
+        """
+        state = {
+            "seed": self.config.seed,
+            "fmt": self.config.fmt.spec,
+            "step": self._clock.step + self._clock.pending,
+            "weights": [[name, list(shape)] for name, shape in self._registry.shapes().items()],
+        }
+        return state if self._learned is None else {**state, **self._learned.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`, before the first forward or later.
+
+        Raises:
+            ValueError: the state is of another seed or format, or of a model whose weights have other shapes; where the
+                weights are not known yet, the last is raised by the first forward.
+        """
+        expected = self.state_dict()
+        if missing := expected.keys() - state.keys():
+            raise ValueError(f"not a state of gws_compile: {', '.join(sorted(missing))} missing, got {sorted(state)}")
+        for key in ("seed", "fmt"):
+            if state[key] != expected[key]:
+                raise ValueError(f"the state was saved with {key}={state[key]!r}, this backend has {expected[key]!r}")
+        if self._learned is not None:
+            self._learned.load_state_dict(state, [name for name, _ in state["weights"]])
+            self._clock.frozen = self._learned.parameters.frozen
+        self._registry.expect({name: tuple(shape) for name, shape in state["weights"]})
+        self._clock.resume(int(state["step"]))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
+        """The backend itself: a deep copy of a compiled model shares it, and its weights get keys of their own."""
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., Backend], tuple[Any, ...]]:
+        """Pickled as its settings and its state; what is compiled is compiled again where it is loaded."""
+        return _unpickle, (type(self), self.config, self.state_dict())
+
+    def __repr__(self) -> str:
+        return f"<gws_compile backend: {self.config.fmt}, {self.config.noise}, {len(self.graphs)} graphs>"
+
+
+def _unpickle(cls: type[Backend], config: Config, state: dict[str, Any]) -> Backend:
+    backend = cls(config)
+    backend.load_state_dict(state)
+    return backend

@@ -1,0 +1,1 @@
+"""Trained bit widths: their parameters, gradients over ranks, the constraint on their average, their pictures."""

@@ -1,0 +1,117 @@
+"""Learned bit widths as a backend has them: parameters, loss terms, what follows each optimizer step, and state."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import LearnedBits
+from ..warning import GwsWarning
+from .average_constraint import AverageConstraint
+from .history import WidthHistory
+from .loss import distance_from_target, widths_and_shares
+from .parameters import WeightWidths, WidthParameters
+from .summary import BitsSummary, summarize
+
+_PATIENCE = 10
+"""Optimizer steps within which some optimizer should have taken the widths."""
+
+
+class LearnedWidths:
+    """The learned widths of one backend.
+
+    Attributes:
+        parameters: the width parameters.
+        history: how the widths moved.
+        constraint: the multiplier that leads to `LearnedBits.average`; None without.
+    """
+
+    def __init__(self, settings: LearnedBits, block: tuple[int, int]) -> None:
+        self.parameters = WidthParameters(settings, block)
+        self.history = WidthHistory(self.parameters.rule.min, self.parameters.rule.max)
+        self.constraint = None if settings.average is None else AverageConstraint(settings.average)
+        self._followed = False
+        self._waited = 0
+
+    def summary(self) -> BitsSummary | None:
+        """Average, formats and bytes, of each weight and of all; None while no weight is known."""
+        return summarize(self.parameters.by_name, self.parameters.rule)
+
+    def average(self) -> float:
+        """The average width over all elements.
+
+        Raises:
+            RuntimeError: no weight is known yet.
+        """
+        widths, shares = self._widths_and_shares()
+        return float((widths.detach() * shares).sum())
+
+    def loss(self, weighting: str) -> torch.Tensor:
+        """See `gws_compile.Backend.bit_loss`."""
+        if weighting not in ("weight", "size"):
+            raise ValueError(f"weighting must be 'weight' or 'size', got {weighting!r}")
+        if self.constraint is None:
+            return distance_from_target(self.parameters.by_name.values(), self.parameters.rule, weighting)
+        widths, shares = self._widths_and_shares()
+        return self.constraint.loss((widths * shares).sum())
+
+    def _widths_and_shares(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return widths_and_shares(self.parameters.by_name.values(), self.parameters.rule)
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Behind an optimizer's step: move the multiplier; notice widths that no optimizer holds."""
+        weights = self.parameters.by_name.values()
+        if self.parameters.frozen or not weights:
+            return
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(weight.parameter) in held for weight in weights):
+            self._notice_unfollowed(weights)
+            return
+        self._followed = True
+        due = self.history.due()
+        if not due and self.constraint is None:
+            return
+        with torch.no_grad():
+            widths, shares = self._widths_and_shares()
+        if due:
+            self.history.record(widths, shares)
+        if self.constraint is not None:
+            gradients = torch.cat([_gradient(weight.parameter).reshape(-1).to(widths.device) for weight in weights])
+            self.constraint.update((widths * shares).sum(), gradients / self.parameters.rule.slope, shares)
+
+    def _notice_unfollowed(self, weights: Iterable[WeightWidths]) -> None:
+        if self._followed or all(weight.parameter.grad is None for weight in weights):
+            return
+        self._waited += 1
+        if self._waited == _PATIENCE:
+            warnings.warn(
+                f"{_PATIENCE} optimizer steps, and no optimizer has the bit widths, which do get gradients: give "
+                "Backend.parameters() to one, after Backend.prepare(model, ...) or the first forward",
+                GwsWarning,
+                stacklevel=2,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """`WidthParameters.state_dict`, and ``"steering"``, the constraint's, where there is one."""
+        state = self.parameters.state_dict()
+        if self.constraint is not None:
+            state["steering"] = self.constraint.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any], weights: Iterable[str]) -> None:
+        """Continue from `state_dict`; ``weights`` are the names that the saved run had.
+
+        Raises:
+            ValueError: see `WidthParameters.load_state_dict`.
+        """
+        self.parameters.load_state_dict(state, weights)
+        if self.constraint is not None:
+            self.constraint.load_state_dict(state["steering"])
+
+
+def _gradient(parameter: nn.Parameter) -> torch.Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

@@ -1,0 +1,72 @@
+"""How a weight is cut into blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+
+def check_block(block: object) -> tuple[int, int]:
+    """A block shape as two positive ints.
+
+    Raises:
+        ValueError: anything else.
+    """
+    sides = tuple(block) if isinstance(block, (tuple, list)) else ()
+    if len(sides) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sides):
+        raise ValueError(f"block must be two positive ints (rows, columns), such as (32, 32), got {block!r}")
+    return sides[0], sides[1]
+
+
+def matrix_shape(shape: Sequence[int], batch_dims: int) -> tuple[int, int, int]:
+    """How a weight of this shape is blocked: (matrices, rows, columns).
+
+    Args:
+        shape: two or more dims.
+        batch_dims: leading dims that count matrices: 1 for expert weights (E, a, b), 0 for a matrix and for a
+            convolution weight (out, in, kh, kw), which is blocked as (out, in * kh * kw).
+    """
+    return math.prod(shape[:batch_dims]), shape[batch_dims], math.prod(shape[batch_dims + 1 :])
+
+
+def block_maximum(w: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """Largest magnitude of each block.
+
+    Args:
+        w: float32, (matrices, rows, columns).
+        block: block shape; sizes that are no multiple of it end in partial blocks.
+
+    Returns:
+        float32, (matrices, ceil(rows / block[0]), ceil(columns / block[1])); NaN where the block has one.
+    """
+    (rows, cols), (br, bc) = w.shape[1:], block
+    w = torch.nn.functional.pad(w.abs(), (0, -cols % bc, 0, -rows % br))
+    return w.view(w.shape[0], w.shape[1] // br, br, w.shape[2] // bc, bc).amax(dim=(2, 4))
+
+
+class Blocks:
+    """The blocks of a weight."""
+
+    def __init__(self, w: torch.Tensor, batch_dims: int, block: tuple[int, int]) -> None:
+        self.shape = matrix_shape(w.shape, batch_dims)
+        _, rows, cols = self.shape
+        self._rows = torch.arange(rows, device=w.device) // block[0]
+        self._cols = torch.arange(cols, device=w.device) // block[1]
+        self._block = block
+
+    def matrices(self, x: torch.Tensor) -> torch.Tensor:
+        """A tensor of the weight's shape as (matrices, rows, columns): a float one as float32, detached."""
+        x = x.detach().reshape(self.shape)
+        return x.to(torch.float32) if x.is_floating_point() else x
+
+    def expand(self, x: object) -> torch.Tensor:
+        """A value of each block, (matrices, block rows, block columns), at every element; a number as it is."""
+        return x[:, self._rows[:, None], self._cols] if isinstance(x, torch.Tensor) else x  # type: ignore[return-value]
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum of (matrices, rows, columns) over each block."""
+        (_, rows, cols), (br, bc) = self.shape, self._block
+        x = torch.nn.functional.pad(x, (0, -cols % bc, 0, -rows % br))
+        return x.view(x.shape[0], x.shape[1] // br, br, x.shape[2] // bc, bc).sum(dim=(2, 4))

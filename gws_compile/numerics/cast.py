@@ -1,0 +1,89 @@
+"""The cast onto a format's grid, as float32 bit arithmetic.
+
+Nothing here converts to a narrow dtype: Inductor drops pairs of conversions inside a fused kernel, while arithmetic on
+bits stays. No step makes a float32 subnormal either (formats with 8 exponent bits apart, which are cast by integers
+alone), so the result does not depend on a device's or thread's flush-to-zero mode.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .float32 import EXPONENT, MAGNITUDE, NAN, SIGN, bits_float32, float32_bits
+from .formats import FloatFormat
+from .primitives import Primitives, Value, wrap_int32
+from .scales import STORAGE
+
+
+def largest_value(fmt: FloatFormat, scale: str | None, dtype: torch.dtype) -> float:
+    """Where ``|y| / X`` saturates: the format's maximum, or what the weight's dtype can hold of it."""
+    emax, mantissa_bits = STORAGE[dtype]
+    drop = max(fmt.mantissa_bits - mantissa_bits, 0)
+    truncated = float32_bits(fmt.max) >> (23 - fmt.mantissa_bits + drop) << (23 - fmt.mantissa_bits + drop)
+    scaled = fmt.scaled and scale is not None
+    if scaled or fmt.emax <= emax:
+        return bits_float32(truncated)
+    return (2 - 2.0 ** -min(fmt.mantissa_bits, mantissa_bits)) * 2.0**emax
+
+
+def cast(
+    p: Primitives,
+    y: Value,
+    inverse: Value | None,
+    x: Value | None,
+    fmt: FloatFormat,
+    scale: str | None,
+    dtype: torch.dtype,
+) -> Value:
+    """Round ``y`` to the nearest value of the block's grid: ties to even, subnormals kept, saturating.
+
+    Args:
+        p: the operations to write it in.
+        y: float32.
+        inverse: float32, 1 / X, see `block_scale`; None for X = 1.
+        x: float32, the block scale X; None where `needs_block_maximum` says no.
+        fmt: the element format.
+        scale: see `scale_bits`; None for X = 1.
+        dtype: the weight's; the result is finite in it.
+
+    Returns:
+        float32 on the grid. NaN wherever ``x`` is; without ``x``, where ``y`` is.
+    """
+    q = p.float_bits(y if inverse is None else p.fmul(y, inverse))
+    magnitude = p.iand(q, MAGNITUDE)
+    largest = float32_bits(largest_value(fmt, scale, dtype))
+    if fmt.scaled:
+        rounded = _round_scaled(p, p.imin(magnitude, largest), fmt)
+    else:
+        rounded = p.imin(_round_wide(p, magnitude, fmt.mantissa_bits), largest)
+    if x is None:
+        rounded = p.iselect(p.ilt(magnitude, EXPONENT), rounded, NAN)
+        return p.bits_float(p.ior(rounded, p.iand(q, SIGN)))
+    signed = p.bits_float(p.ior(rounded, p.iand(q, SIGN)))
+    return p.fmul(signed, x)
+
+
+def _round_scaled(p: Primitives, magnitude: Value, fmt: FloatFormat) -> Value:
+    """Round the bits of ``|y| / X``: adding and subtracting ``c = 2**(e + 23 - M)`` leaves M bits behind exponent e.
+
+    ``e`` is that of the value, not below the format's smallest normal exponent. Both sums stay below ``2 c`` because
+    ``M <= 22``; the value comes saturated, so ``c`` does not overflow.
+    """
+    m = fmt.mantissa_bits
+    smallest = float32_bits(fmt.min_normal)
+    if m == 23:  # float32's own precision: only what lies below the smallest normal value is rounded
+        c = p.fselect(p.ilt(magnitude, smallest), fmt.min_normal, 0.0)
+    else:
+        # A product by a power of two: exact, and a GPU makes one instruction of it and the addition behind it.
+        c = p.fmul(p.bits_float(p.imax(p.iand(magnitude, EXPONENT), smallest)), 2.0 ** (23 - m))
+    return p.float_bits(p.fsub(p.fadd(p.bits_float(magnitude), c), c))
+
+
+def _round_wide(p: Primitives, magnitude: Value, m: int) -> Value:
+    """Round the bits of ``|y|`` to M mantissa bits at float32's own exponents, subnormals included."""
+    drop = 23 - m
+    if drop == 0:
+        return magnitude
+    odd = p.iand(p.ishr(magnitude, drop), 1)
+    up = p.iadd(p.iadd(magnitude, (1 << (drop - 1)) - 1), odd)
+    return p.iand(up, wrap_int32(-(1 << drop)))

@@ -1,0 +1,207 @@
+"""What is done to a weight, composed once: `SampleSpec`, and `WidthGradientSpec` for the gradient of learned widths.
+
+Each has a part for blocks and a part for elements, over `Primitives`. The eager kernels, Inductor's loops and the C++
+kernel bring the loops around them; the metrics read their grids.
+
+What a value is computed from comes as a function (`Operand`, `Words`): it is called where the value is needed, so that
+a compiler writes down nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+
+from .cast import cast, largest_value
+from .float32 import bits_float32
+from .formats import FloatFormat
+from .grid_cast import Grid, block_grid, cast_to_grid
+from .noise import add_noise, fixed_amplitude, random_word, signed_draw
+from .primitives import Primitives, Value
+from .scales import block_scale, needs_block_maximum
+from .widths import WidthRule, amplitude, width, width_gradient
+
+Operand = Callable[[], Value]
+"""Loads one value."""
+
+Words = Callable[[int], Value]
+"""Loads a word of a key (two int32) or of the clock (three int32), see `gws_compile.ops.sample_weight`, by position."""
+
+_GRID = ("x", "largest", "smallest", "shift")
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """``cast(w + R * a * 2**(1 - b))``, or ``cast(w)`` without noise: everything about it but tensors and blocks.
+
+    Attributes:
+        fmt: element format of the cast; with learned widths, that of training.
+        noise: law of R, see `gws_compile.numerics.noise.draw`; ``"none"`` for the cast alone.
+        bits: bit width b of the noise, where it is fixed.
+        scale: rule of the block scale, one of `gws_compile.numerics.scales.SCALES`.
+        rule: what the parameter of a learned width means; None for a fixed width.
+        dtype: the weight's.
+    """
+
+    fmt: FloatFormat
+    noise: str
+    bits: float
+    scale: str | None
+    rule: WidthRule | None
+    dtype: torch.dtype
+
+    @property
+    def noisy(self) -> bool:
+        """Whether there is noise, which needs a key and a clock."""
+        return self.noise != "none"
+
+    @property
+    def block_values(self) -> Mapping[str, torch.dtype]:
+        """What `of_block` gives, by name, each with its dtype. Empty where no block maximum is needed."""
+        values: dict[str, torch.dtype] = {}
+        if self.noisy:
+            values["amplitude"] = torch.float32
+        if self.rule is not None:
+            return values | dict.fromkeys(_GRID, torch.int32)
+        if needs_block_maximum(self.fmt, self.scale, self.noise):
+            if self._scaled:
+                values["inverse"] = torch.float32
+            values["x"] = torch.float32
+        return values
+
+    @property
+    def _scaled(self) -> bool:
+        return self.fmt.scaled and self.scale is not None
+
+    def of_block(
+        self, p: Primitives, amax: Operand, learned: Operand | None = None, clock: Words | None = None
+    ) -> dict[str, Operand]:
+        """What the elements of a block have in common.
+
+        Args:
+            p: the operations to write it in.
+            amax: float32, the block maximum.
+            learned: float32, the width parameter; None for a fixed width.
+            clock: the clock's words; None without noise.
+
+        Returns:
+            The `block_values`, as functions that compute them.
+        """
+        if self.rule is not None:
+            assert learned is not None
+            return self._of_learned_block(p, self.rule, amax, learned, clock)
+        values: dict[str, Operand] = {}
+        if self.noisy:
+            values["amplitude"] = lambda: fixed_amplitude(p, amax(), self.bits)
+        if needs_block_maximum(self.fmt, self.scale, self.noise):
+            scale = cache(lambda: block_scale(p, amax(), self.fmt, self.scale, self.dtype))
+            values["x"] = lambda: scale()[1]
+            if self._scaled:
+                values["inverse"] = lambda: scale()[0]
+        return values
+
+    def _of_learned_block(
+        self, p: Primitives, rule: WidthRule, amax: Operand, learned: Operand, clock: Words | None
+    ) -> dict[str, Operand]:
+        b = cache(lambda: width(p, learned(), rule))
+
+        @cache
+        def grid() -> Grid:
+            widths = b()
+            drawing = None
+            if self.noisy:
+                assert clock is not None
+                drawing = p.iand(clock(1), p.ixor(clock(2), -1))
+            return block_grid(p, widths, amax(), drawing, self.fmt, rule, self.scale, self.dtype)
+
+        values: dict[str, Operand] = {}
+        if self.noisy:
+            values["amplitude"] = lambda: amplitude(p, b(), amax())
+        for name in _GRID:
+            # Some are the same for all widths: Python numbers, of which the sum makes a value.
+            values[name] = partial(lambda name: p.iadd(getattr(grid(), name), 0), name)
+        return values
+
+    def of_element(
+        self,
+        p: Primitives,
+        w: Value,
+        block: Callable[[str], Value],
+        element: Operand | None = None,
+        key: Words | None = None,
+        clock: Words | None = None,
+    ) -> Value:
+        """Sample an element.
+
+        Args:
+            p: the operations to write it in.
+            w: float32, the weight.
+            block: loads one of the `block_values` of its block.
+            element: int32, its index in the whole weight, row-major, mod 2**32; None without noise.
+            key: the key's words; None without noise.
+            clock: the clock's words; None without noise.
+
+        Returns:
+            float32 on the grid of its block.
+        """
+        y = w
+        if self.noisy:
+            assert element is not None
+            assert key is not None
+            assert clock is not None
+            scaled_by = block("amplitude")
+            y = add_noise(p, self.noise, w, scaled_by, _word(p, element, key, clock), clock(1))
+        if self.rule is not None:
+            return cast_to_grid(p, y, Grid(*map(block, _GRID)))
+        values = self.block_values
+        inverse, x = (block(name) if name in values else None for name in ("inverse", "x"))
+        return cast(p, y, inverse, x, self.fmt, self.scale, self.dtype)
+
+    def grid_limit(self, p: Primitives, amax: Value, learned: Value | None = None) -> tuple[Value, Value]:
+        """The largest magnitude of a block's grid without noise: two float32 factors, the first NaN in a broken block.
+
+        Args:
+            p: the operations to write it in.
+            amax: float32, the block maximum.
+            learned: float32, the width parameter; None for a fixed width.
+        """
+        if self.rule is None:
+            _, x = block_scale(p, amax, self.fmt, self.scale, self.dtype)
+            return x, largest_value(self.fmt, self.scale, self.dtype)
+        grid = block_grid(p, width(p, learned, self.rule), amax, None, self.fmt, self.rule, self.scale, self.dtype)
+        largest = grid.largest
+        return p.bits_float(grid.x), bits_float32(largest) if isinstance(largest, int) else p.bits_float(largest)
+
+
+@dataclass(frozen=True)
+class WidthGradientSpec:
+    """The gradient of a learned width's parameter, ``dL/db = -ln 2 * 2**(1 - b) * a * sum(dL/dw_hat * R)``, in parts.
+
+    Attributes:
+        noise: law of R.
+        rule: what the parameter means.
+    """
+
+    noise: str
+    rule: WidthRule
+
+    def of_element(self, p: Primitives, element: Operand, key: Words, clock: Words) -> Value:
+        """float32, R; arguments as in `SampleSpec.of_element`. To be multiplied by dL/dw_hat, and summed."""
+        return signed_draw(p, self.noise, _word(p, element, key, clock), clock(1))
+
+    def of_block(self, p: Primitives, total: Operand, amax: Operand, learned: Operand) -> Value:
+        """float32, dL/db of a block, from the sum over its elements, its maximum and its width parameter."""
+        b = width(p, learned(), self.rule)
+        return p.fmul(p.fmul(total(), amplitude(p, b, amax())), -math.log(2.0))
+
+    def of_parameter(self, p: Primitives, gradient: Value, parameter: Value) -> Value:
+        """float32, dL/db_i, from dL/db summed over the blocks that have this parameter."""
+        return width_gradient(p, gradient, parameter, self.rule)
+
+
+def _word(p: Primitives, element: Operand, key: Words, clock: Words) -> Value:
+    return random_word(p, element(), (key(0), key(1)), clock(0))

@@ -1,0 +1,127 @@
+"""The operators' arguments by name: one table for each, in the order of its schema.
+
+Whoever makes, reads or changes a call of an operator does so by these names; nothing else knows a position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import fx
+
+from ..numerics.formats import FloatFormat
+from ..numerics.spec import SampleSpec, WidthGradientSpec
+from ..numerics.widths import WidthRule
+
+OPERATOR_VERSION = 7
+"""Part of every call's arguments. Compile caches see a graph's arguments, not the lowering's source: raise it whenever
+noise, cast or lowering change what they compute."""
+
+T = TypeVar("T", bound="_Arguments")
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    def call(self) -> tuple[Any, ...]:
+        """The arguments by position."""
+        return tuple(getattr(self, one.name) for one in fields(self))
+
+    @classmethod
+    def of(cls: type[T], node: fx.Node) -> T:
+        """Those of a graph's node."""
+        return cls(*node.args, **node.kwargs)
+
+    def write(self, node: fx.Node, **changes: Any) -> None:
+        """Give a graph's node these arguments, with changes."""
+        node.args, node.kwargs = replace(self, **changes).call(), {}
+
+    @classmethod
+    def gradients(cls, **of_arguments: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        """What a backward returns: the given gradients at their arguments' places, None at the others."""
+        unknown = of_arguments.keys() - {one.name for one in fields(cls)}
+        assert not unknown, f"no arguments of the operator: {unknown}"
+        return tuple(of_arguments.get(one.name) for one in fields(cls))
+
+    @classmethod
+    def needs_gradient(cls, ctx: Any, name: str) -> bool:
+        """Whether autograd asks for the gradient of an argument."""
+        needs: bool = ctx.needs_input_grad[[one.name for one in fields(cls)].index(name)]
+        return needs
+
+
+@dataclass(frozen=True)
+class SampleArguments(_Arguments):
+    """Those of ``gws::sample_weight``, see `gws_compile.ops.sample_weight.sample_weight`.
+
+    Tensors are tensors, nodes of a graph or Inductor's, by where the call is.
+    """
+
+    w: Any
+    key: Any
+    clock: Any
+    batch_dims: int
+    fmt: str
+    bits: float
+    noise: str
+    block: Sequence[int]
+    scale: str
+    learned: Any
+    rule: str
+    whole: Sequence[int]
+    offset: Sequence[int]
+    out_dtype: torch.dtype | None
+    keep: bool
+    version: int = field(default_factory=lambda: OPERATOR_VERSION)
+
+    def spec(self, dtype: torch.dtype) -> SampleSpec:
+        """What they say of the sample of a weight of this dtype."""
+        rule = WidthRule.parse(self.rule) if self.learned is not None else None
+        return SampleSpec(FloatFormat.parse(self.fmt), self.noise, self.bits, self.scale or None, rule, dtype)
+
+    def check_version(self) -> None:
+        """Hold a call to the arithmetic that is here.
+
+        Raises:
+            RuntimeError: the graph was made for another version.
+        """
+        if self.version != OPERATOR_VERSION:
+            raise RuntimeError(
+                f"gws::sample_weight is at version {OPERATOR_VERSION}, the graph was made for {self.version}"
+            )
+
+    @property
+    def part(self) -> tuple[Sequence[int], Sequence[int]]:
+        """``whole`` and ``offset``."""
+        return self.whole, self.offset
+
+
+@dataclass(frozen=True)
+class BitsGradientArguments(_Arguments):
+    """Those of ``gws::bits_gradient``, see `gws_compile.ops.sample_weight.bits_gradient`."""
+
+    grad: Any
+    w: Any
+    key: Any
+    clock: Any
+    learned: Any
+    batch_dims: int
+    noise: str
+    block: Sequence[int]
+    rule: str
+    whole: Sequence[int]
+    offset: Sequence[int]
+    version: int = field(default_factory=lambda: OPERATOR_VERSION)
+
+    @staticmethod
+    def behind(sampled: SampleArguments, grad: Any) -> BitsGradientArguments:
+        """Those of the gradient of a sample."""
+        common = {one.name for one in fields(BitsGradientArguments)} & {one.name for one in fields(sampled)}
+        return BitsGradientArguments(grad, **{name: getattr(sampled, name) for name in common})
+
+    @property
+    def spec(self) -> WidthGradientSpec:
+        """What they say of the gradient."""
+        return WidthGradientSpec(self.noise, WidthRule.parse(self.rule))

@@ -1,0 +1,84 @@
+"""Where a report gets its rows: records of what the passes found in graphs; one for what several graphs say alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+
+from ..config import Config
+from ..passes import Read, Rewrite, Weight
+from ..torch_internals.dynamo import compilation
+from ..torch_internals.graphs import graph_break
+from ..torch_internals.stack_trace import location_of, source_of, without_wrappers
+from .records import GraphBreak, GraphRecord, ReadRecord, WeightRecord
+
+
+def weight_record(weight: Weight, config: Config) -> WeightRecord:
+    """The record of a weight of a rewritten graph.
+
+    Args:
+        weight: as the passes left it.
+        config: what the graph was rewritten with.
+    """
+    rewritten = weight.reason is None
+    noisy = weight.noisy
+    return WeightRecord(
+        name=weight.name,
+        shape=weight.shape,
+        dtype=str(weight.dtype).removeprefix("torch."),
+        op=", ".join(dict.fromkeys(read.op for read in weight.reads)),
+        rewritten=rewritten,
+        reason=weight.reason or "",
+        fmt=config.fmt.name if rewritten else "",
+        bits=config.bits if noisy and config.learned is None else None,
+        noise=(config.noise if noisy else "none") if rewritten else "",
+        location=weight.reads[0].location if weight.reads else "",
+        reads=tuple(map(_read_record, weight.reads)),
+    )
+
+
+def _read_record(read: Read) -> ReadRecord:
+    source = source_of(read.node)
+    return ReadRecord(read.op, source.location, source.code, source.stack)
+
+
+def graph_record(number: int, gm: fx.GraphModule, before: str, rewritten: Rewrite) -> GraphRecord:
+    """The record of a graph, made while Dynamo compiles it.
+
+    Args:
+        number: from 0, in the order of tracing.
+        gm: as Dynamo gave it.
+        before: its readable code.
+        rewritten: as it was rewritten.
+    """
+    compile_id, recompiled = compilation()
+    ended = graph_break(gm)
+    stacks = (source_of(node).stack for node in gm.graph.nodes)
+    return GraphRecord(
+        number=number,
+        compile_id=compile_id,
+        location=next((without_wrappers(stack)[0] for stack in stacks if stack), ""),
+        gradients=rewritten.gradients,
+        graph_break=None if ended is None else GraphBreak(ended[0], location_of(ended[1])),
+        recompiled=recompiled,
+        before=before,
+        graph=rewritten.module,
+    )
+
+
+def merged(records: Iterable[WeightRecord]) -> tuple[WeightRecord, ...]:
+    """One record for a weight that several graphs treat alike; with noise, where it is sampled in one of them."""
+    found: dict[tuple[object, ...], WeightRecord] = {}
+    for record in records:
+        key = (record.name, record.shape, record.rewritten, record.reason)
+        known = found.get(key)
+        if known is None or (known.noise == "none" and record.noise not in ("", "none")):
+            found[key] = record
+    return tuple(found.values())
+
+
+def all_breaks(graphs: Iterable[GraphRecord], others: Iterable[GraphBreak]) -> tuple[GraphBreak, ...]:
+    """The breaks that graphs end in, and others, each once."""
+    ends = (graph.graph_break for graph in graphs)
+    return tuple(dict.fromkeys([*(end for end in ends if end is not None), *others]))

@@ -1,0 +1,123 @@
+"""What a report is made of: frozen records of weights, their reads, graphs and graph breaks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+_HINTS = {
+    "matches the exclude pattern": "to rewrite it, give exclude= a list without this pattern",
+    "no include pattern matches": "to rewrite it, add a pattern that matches its name to include=",
+    "no matrix product or convolution reads it, only:": (
+        "if one of these operations multiplies or convolves with it, gws_compile does not know the operation yet: "
+        "report its name, as it stands here, with the versions of torch and gws_compile"
+    ),
+    "no traced graph has it: not used": (
+        "see the graph breaks: mend them, or call torch.compile(module, backend=...) on the module that holds it"
+    ),
+}
+"""How a reason begins -> what to do about it."""
+
+
+@dataclass(frozen=True)
+class ReadRecord:
+    """One read of a weight.
+
+    Attributes:
+        op: the operation, such as ``"linear"``.
+        location: ``file:line in function`` of the user's code (or a library's) that calls it; empty where unknown.
+        code: that line.
+        stack: the callers, outermost first, as ``file:line in function``; ``location`` is the last.
+    """
+
+    op: str
+    location: str
+    code: str
+    stack: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class WeightRecord:
+    """One weight in the report.
+
+    Attributes:
+        name: qualified name, relative to the compiled module.
+        shape: the weight's.
+        dtype: the weight's, such as ``"float32"``.
+        op: the operation that reads it (``"linear"``); several are joined by ``", "``; empty if none does.
+        rewritten: whether its reads see the cast weight.
+        reason: why it was left alone; empty when rewritten.
+        fmt: the format it is cast to; empty when left alone.
+        bits: the bit width b of its noise; None when left alone or cast without noise.
+        noise: ``"rounded_normal"``, ``"uniform"``, or ``"none"`` for a cast without noise (frozen weights, and graphs
+            traced with gradients disabled); empty when left alone.
+        location: ``file:line`` of the first read in the user's code.
+        reads: every read.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    op: str
+    rewritten: bool
+    reason: str
+    fmt: str
+    bits: float | None
+    noise: str
+    location: str
+    reads: tuple[ReadRecord, ...] = ()
+
+    @property
+    def hint(self) -> str:
+        """What to do if a weight that was left alone should be rewritten; empty where there is nothing to say."""
+        return next((hint for start, hint in _HINTS.items() if self.reason.startswith(start)), "")
+
+
+@dataclass(frozen=True)
+class GraphBreak:
+    """A place that Dynamo could not trace.
+
+    Attributes:
+        reason: Dynamo's own words: the cause on the first line, then explanation and hints.
+        location: ``file:line in function`` of the user's code; empty where the frame was left as a whole, of which
+            Dynamo keeps the cause alone.
+    """
+
+    reason: str
+    location: str
+
+    @property
+    def cause(self) -> str:
+        """The first line of the reason."""
+        return self.reason.strip().partition("\n")[0]
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """One traced graph.
+
+    Attributes:
+        number: from 0, in the order of tracing.
+        compile_id: Dynamo's ``"frame/number"``; a number above 0 is a recompilation.
+        location: ``file:line in function`` of its first operation's outermost caller, decorators' wrappers left out.
+        gradients: traced with gradients enabled.
+        graph_break: what ended it early; None where it ends with its function.
+        recompiled: why its frame was compiled again: the guard that failed; empty for a first compilation.
+        before: the graph as Dynamo gave it, as readable code.
+        graph: as it was rewritten.
+    """
+
+    number: int
+    compile_id: str
+    location: str
+    gradients: bool
+    graph_break: GraphBreak | None
+    recompiled: str
+    before: str = field(repr=False)
+    graph: fx.GraphModule = field(repr=False)
+
+    @property
+    def after(self) -> str:
+        """The rewritten graph, as readable code."""
+        return self.graph.print_readable(print_output=False)

@@ -1,0 +1,169 @@
+"""What was rewritten and what was not: `Report`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from ..learned_bits.summary import BitsSummary
+from .collect import all_breaks, merged
+from .histograms import Histogram
+from .records import GraphBreak, GraphRecord, WeightRecord
+
+_LINE = "\n"
+
+
+class Report:
+    """The weights that a backend has seen, over all graphs compiled so far, and those of their models in no graph.
+
+    ``print(report)`` shows a table. A weight that several graphs treat alike stands there once; one that is sampled in
+    training and cast in evaluation stands there as sampled.
+
+    Attributes:
+        records: the weights.
+        bits: what learned bit widths stand for now; None while widths are fixed, or before any is known.
+        graphs: the traced graphs; a pickled report has none.
+        breaks: the graph breaks, each once.
+        settings: those of the backend, as text by name.
+    """
+
+    def __init__(
+        self,
+        records: Iterable[WeightRecord],
+        bits: BitsSummary | None = None,
+        *,
+        graphs: Sequence[GraphRecord] = (),
+        breaks: Iterable[GraphBreak] = (),
+        settings: Mapping[str, str] | None = None,
+        histograms: Callable[[int], Sequence[Histogram]] | None = None,
+    ) -> None:
+        self.records = merged(records)
+        self.bits = bits
+        self.graphs = tuple(graphs)
+        self.breaks = all_breaks(self.graphs, breaks)
+        self.settings = dict(settings or {})
+        self._histograms = histograms
+
+    def __reduce__(self) -> tuple[Callable[..., Report], tuple[Any, ...]]:
+        return _without_graphs, (self.records, self.bits, self.breaks, self.settings)
+
+    @property
+    def rewritten(self) -> tuple[WeightRecord, ...]:
+        """The weights whose reads see the cast weight."""
+        return tuple(r for r in self.records if r.rewritten)
+
+    @property
+    def skipped(self) -> tuple[WeightRecord, ...]:
+        """The weights left alone; ``reason`` says why."""
+        return tuple(r for r in self.records if not r.rewritten)
+
+    @property
+    def recompilations(self) -> tuple[GraphRecord, ...]:
+        """The graphs of frames that were compiled before; ``recompiled`` says which guard failed."""
+        return tuple(graph for graph in self.graphs if graph.recompiled)
+
+    def __iter__(self) -> Iterator[WeightRecord]:
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def to_json(self) -> str:
+        """The records as a JSON array of objects, keyed as `WeightRecord`; learned bit widths are in `bits`."""
+        return json.dumps([asdict(r) for r in self.records], indent=2)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole report, the graphs' code left out, in what JSON knows.
+
+        Keys: ``settings``; ``weights``, keyed as `WeightRecord`; ``bits``, as `BitsSummary` or null; ``graphs``, with
+        ``number``, ``compile_id``, ``location``, ``gradients`` and ``recompiled``; ``graph_breaks``, as `GraphBreak`.
+        """
+        keys = ("number", "compile_id", "location", "gradients", "recompiled")
+        return {
+            "settings": self.settings,
+            "weights": [asdict(record) for record in self.records],
+            "bits": None if self.bits is None else asdict(self.bits),
+            "graphs": [{key: getattr(graph, key) for key in keys} for graph in self.graphs],
+            "graph_breaks": [asdict(one) for one in self.breaks],
+        }
+
+    def to_html(self, path: str | Path, *, weights: int = 6) -> None:
+        """Write the report as one HTML page that needs nothing else: no network, no further file.
+
+        It has the weights and their reads, graph breaks and recompilations with their causes, each graph before and
+        after, and of some rewritten weights, while their model is alive, histograms of values, sample and noise.
+
+        Args:
+            path: of the page.
+            weights: for how many weights, evenly spread over the model, histograms are shown.
+        """
+        from .html_page import render  # brings jinja2, which nothing else needs
+
+        histograms = self._histograms(weights) if self._histograms is not None and weights > 0 else ()
+        Path(path).write_text(render(self, histograms), encoding="utf-8")
+
+    def __str__(self) -> str:
+        if not self.records:
+            return "gws_compile: no weights seen yet (nothing has been compiled)"
+        rows = [
+            (
+                r.name,
+                " x ".join(map(str, r.shape)),
+                r.op,
+                r.fmt,
+                "" if r.bits is None else f"{r.bits:g}",
+                r.noise if r.rewritten else f"left alone: {r.reason}",
+            )
+            for r in self.records
+        ]
+        table = tabulate(
+            rows,
+            headers=("weight", "shape", "read by", "format", "bits", "noise"),
+            colalign=("left", "right", "left", "left", "right", "left"),
+            maxcolwidths=[None, None, None, None, None, 60],
+            disable_numparse=True,
+        )
+        parameters = sum(prod(r.shape) for r in self.rewritten)
+        total = sum(prod(r.shape) for r in self.records)
+        text = f"{table}\n{len(self.rewritten)} of {len(self)} weights rewritten, {parameters:,} of {total:,} elements"
+        if self.bits is not None:
+            text += f"\n\n{self._bits_table(self.bits)}"
+        for what, lines in (
+            ("graph break", [f"{b.location or 'a whole frame is left'}: {b.cause}" for b in self.breaks]),
+            ("recompilation", [f"{g.location}: {g.recompiled.partition(_LINE)[0]}" for g in self.recompilations]),
+        ):
+            if lines:
+                text += f"\n\n{len(lines)} {what}{'s' if len(lines) > 1 else ''}:\n" + "\n".join(
+                    f"  {x}" for x in lines
+                )
+        return text
+
+    def _bits_table(self, bits: BitsSummary) -> str:
+        formats = list(bits.share)
+        rows = [
+            (name, f"{s.average:.2f}", *(f"{100 * s.share[f]:.1f} %" for f in formats), f"{s.stored_bytes / 1024:,.1f}")
+            for name, s in [*bits.by_weight.items(), ("all", bits)]
+        ]
+        return tabulate(
+            rows,
+            headers=("learned bit widths", "average", *formats, "KiB"),
+            colalign=("left", *["right"] * (len(formats) + 2)),
+            disable_numparse=True,
+        )
+
+    __repr__ = __str__
+
+
+def _without_graphs(
+    records: Iterable[WeightRecord],
+    bits: BitsSummary | None,
+    breaks: Iterable[GraphBreak],
+    settings: Mapping[str, str],
+) -> Report:
+    return Report(records, bits, breaks=breaks, settings=settings)

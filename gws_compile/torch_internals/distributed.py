@@ -1,0 +1,104 @@
+"""What of a tensor or a model lies on this rank, and with which others: DTensors, process groups, pipeline stages.
+
+torch's distributed modules are asked only where a program has imported them: without them there is no such tensor.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .lookup import find
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def shard_range(value: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """What this rank holds of a DTensor: (local shape, offset in the whole tensor); None for a plain tensor.
+
+    Relies on ``torch.distributed.tensor._utils.compute_local_shape_and_global_offset``.
+    Checked on torch 2.11 and 2.13.
+
+    Raises:
+        ValueError: a placement other than Shard and Replicate.
+    """
+    if "torch.distributed.tensor" not in sys.modules:
+        return None
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    if not isinstance(value, DTensor):
+        return None
+    if not all(type(placement) in (Shard, Replicate) for placement in value.placements):
+        raise ValueError(f"placements {value.placements}")
+    compute = find("torch.distributed.tensor._utils", "compute_local_shape_and_global_offset")
+    shape, offset = compute(value.shape, value.device_mesh, value.placements)
+    return tuple(shape), tuple(offset)
+
+
+def local_example(value: Any) -> torch.Tensor:
+    """The fake local tensor of a fake DTensor.
+
+    Relies on ``DTensor._local_tensor``. Checked on torch 2.11 and 2.13.
+    """
+    local: torch.Tensor = value._local_tensor
+    return local
+
+
+def whole_tensor(value: torch.Tensor) -> torch.Tensor:
+    """The whole of a DTensor, gathered by all of its ranks together; a plain tensor as it is.
+
+    Relies on nothing private. Checked on torch 2.11 and 2.13.
+    """
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import DTensor
+
+        if isinstance(value, DTensor):
+            return value.full_tensor()
+    return value
+
+
+def shard_groups(value: torch.Tensor) -> tuple[ProcessGroup, ...]:
+    """The process groups of the mesh dims along which a DTensor is sharded; () for a plain tensor.
+
+    Relies on what `shard_range` relies on. Checked on torch 2.11 and 2.13.
+    """
+    if shard_range(value) is None:
+        return ()
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(value, DTensor)
+    mesh = value.device_mesh
+    return tuple(mesh.get_group(dim) for dim, placement in enumerate(value.placements) if placement.is_shard())
+
+
+def data_parallel_groups(module: object) -> tuple[ProcessGroup, ...]:
+    """The process groups over which a DistributedDataParallel or FSDP2 module averages gradients; () for any other.
+
+    Relies on ``DistributedDataParallel.process_group`` and, for FSDP2, on
+    ``_get_fsdp_state()._fsdp_param_group.mesh_info``. Checked on torch 2.11 and 2.13.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return ()
+    if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+        return (module.process_group,)
+    if "torch.distributed.fsdp" in sys.modules and isinstance(module, find("torch.distributed.fsdp", "FSDPModule")):
+        params = module._get_fsdp_state()._fsdp_param_group
+        info = None if params is None else params.mesh_info
+        groups = (getattr(info, name, None) for name in ("shard_process_group", "replicate_process_group"))
+        return tuple(group for group in groups if group is not None)
+    return ()
+
+
+def pipeline_stage_index(value: object) -> int | None:
+    """The stage number of a ``torch.distributed.pipelining`` stage; None for everything else.
+
+    Relies on ``_PipelineStageBase.stage_index``, the base of ``PipelineStage`` and of the stages of a traced pipeline.
+    Checked on torch 2.11 and 2.13.
+    """
+    if "torch.distributed.pipelining.stage" not in sys.modules:
+        return None
+    base = find("torch.distributed.pipelining.stage", "_PipelineStageBase")
+    return int(value.stage_index) if isinstance(value, base) else None

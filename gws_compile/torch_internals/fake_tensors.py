@@ -1,0 +1,60 @@
+"""Fake tensors, which have shape, dtype and device, but no values: Dynamo traces on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from .lookup import find
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+Tree = TypeVar("Tree")
+"""Tensors and other values, in nested tuples, lists and dicts."""
+
+
+def fake_mode() -> FakeTensorMode:
+    """A new mode for fake tensors, in which a model may also meet real ones.
+
+    Relies on ``torch._subclasses.fake_tensor.FakeTensorMode``. Checked on torch 2.11 and 2.13.
+    """
+    mode: FakeTensorMode = find("torch._subclasses.fake_tensor", "FakeTensorMode")(allow_non_fake_inputs=True)
+    return mode
+
+
+def is_fake(value: object) -> bool:
+    """Whether a tensor is a FakeTensor: DDP's graph splitting calls the compiled function with such while compiling.
+
+    Relies on ``torch._subclasses.fake_tensor.FakeTensor``. Checked on torch 2.11 and 2.13.
+    """
+    return isinstance(value, find("torch._subclasses.fake_tensor", "FakeTensor"))
+
+
+def any_fake(values: Sequence[object]) -> bool:
+    """Whether one of the values `is_fake`; asked in every call, so each type is asked once.
+
+    Relies on ``torch._subclasses.fake_tensor.FakeTensor``. Checked on torch 2.11 and 2.13.
+    """
+    fake = find("torch._subclasses.fake_tensor", "FakeTensor")
+    return any(issubclass(kind, fake) for kind in set(map(type, values)))
+
+
+def fake_like(value: torch.Tensor, example: object) -> object:
+    """A fake form of ``value`` in the mode of ``example``, for a placeholder's metadata; ``value`` if it has no mode.
+
+    Relies on ``torch._guards.detect_fake_mode``, which also looks into a DTensor. Checked on torch 2.11 and 2.13.
+    """
+    mode = find("torch._guards", "detect_fake_mode")([example])
+    return mode.from_tensor(value, static_shapes=True) if mode is not None else value
+
+
+def map_tensors(function: Callable[[torch.Tensor], object], tree: Tree) -> Tree:
+    """The same nest of tuples, lists and dicts, with what the function makes of each tensor.
+
+    Relies on ``torch.utils._pytree.tree_map_only``. Checked on torch 2.11 and 2.13.
+    """
+    mapped: Tree = find("torch.utils._pytree", "tree_map_only")(torch.Tensor, function, tree)
+    return mapped

@@ -1,0 +1,114 @@
+"""The graphs that Dynamo hands to a backend: what it and AOTAutograd write on nodes, and read there."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+from torch import fx
+
+from .lookup import find
+
+
+def placeholder_source(node: fx.Node) -> str | None:
+    """Where Dynamo read a graph input from, such as ``L['self']._modules['fc']._parameters['weight']``, if known.
+
+    Relies on ``node._dynamo_source`` (kept under DDP's graph splitting) and ``meta["grapharg"].source``.
+    Checked on torch 2.11 and 2.13.
+    """
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        source = getattr(node.meta.get("grapharg"), "source", None)
+    if source is None:
+        return None
+    name = getattr(source, "name", None)
+    return name() if callable(name) else name
+
+
+def example_value(node: fx.Node) -> Any:
+    """The fake value that Dynamo computed for a node; None if it has none.
+
+    Relies on ``meta["example_value"]``. Checked on torch 2.11 and 2.13.
+    """
+    return node.meta.get("example_value")
+
+
+def add_placeholder(graph: fx.Graph, name: str, example_value: object) -> fx.Node:
+    """Append an input that Dynamo knows nothing of, behind the last placeholder.
+
+    Relies on AOTAutograd taking ``_dynamo_source = None`` for an input without a source.
+    Checked on torch 2.11 and 2.13.
+    """
+    last = [n for n in graph.nodes if n.op == "placeholder"]
+    where = graph.inserting_after(last[-1]) if last else graph.inserting_before(next(iter(graph.nodes)))
+    with where:
+        node = graph.placeholder(name)
+    node.meta["example_value"] = example_value
+    node._dynamo_source = None
+    return node
+
+
+def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose graph may be changed: new nodes, same submodules and attributes, Dynamo's metadata carried over.
+
+    Relies on ``GraphModule.meta``, ``_param_name_to_source``, each placeholder's ``_dynamo_source`` and
+    ``Graph._codegen``. Checked on torch 2.11 and 2.13.
+    """
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, mapping)
+    old_output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    graph.output(output).meta.update(old_output.meta)
+    for old, new in mapping.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    graph._codegen = gm.graph._codegen
+    copied = fx.GraphModule(gm, graph)
+    copied.meta = dict(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):
+        copied._param_name_to_source = gm._param_name_to_source
+    return copied
+
+
+def checkpoint_body(node: fx.Node) -> fx.Node | None:
+    """The ``get_attr`` of the body that an activation-checkpoint node calls; None for every other node.
+
+    Relies on ``torch._higher_order_ops.wrap.tag_activation_checkpoint``. Checked on torch 2.11 and 2.13.
+    """
+    tag = find("torch._higher_order_ops.wrap", "tag_activation_checkpoint")
+    if node.op == "call_function" and node.target is tag:
+        body = node.args[0]
+        assert isinstance(body, fx.Node)
+        return body
+    return None
+
+
+def is_higher_order(node: fx.Node) -> bool:
+    """Whether a node calls a higher-order operator (its graph lies in a submodule).
+
+    Relies on ``torch._ops.HigherOrderOperator``. Checked on torch 2.11 and 2.13.
+    """
+    return isinstance(node.target, find("torch._ops", "HigherOrderOperator"))
+
+
+def mark_recompute(node: fx.Node, group: int) -> None:
+    """Have the partitioner compute the node again in backward instead of saving it.
+
+    Relies on ``meta["recompute"]`` and ``meta["ac_graph_id"]`` as activation checkpointing sets them.
+    Checked on torch 2.11 and 2.13.
+    """
+    policy = find("torch.utils.checkpoint", "CheckpointPolicy")
+    node.meta["recompute"] = policy.MUST_RECOMPUTE
+    node.meta["ac_graph_id"] = group
+
+
+def graph_break(gm: fx.GraphModule) -> tuple[str, list[traceback.FrameSummary]] | None:
+    """Why Dynamo ended a graph early, and the user's stack there; None for one that ends where its function does.
+
+    Relies on ``GraphModule.compile_subgraph_reason``, which `torch._dynamo.explain` reads too.
+    Checked on torch 2.11 and 2.13.
+    """
+    cause = getattr(gm, "compile_subgraph_reason", None)
+    if cause is None or not getattr(cause, "graph_break", False):
+        return None
+    return str(cause.reason), list(cause.user_stack)

@@ -1,0 +1,46 @@
+"""The inputs that a rewritten graph takes behind its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from gws_compile.numerics.shards import ShardRange
+
+
+@dataclass(frozen=True)
+class InputLayout:
+    """The inputs that the rewritten graph takes behind its own.
+
+    For each device: an int32 (2,) key of each weight and an int32 (3,) clock, in this order. Then the parameters of
+    learned widths.
+
+    Attributes:
+        positions: per device, the input positions of the weights that the keys are of.
+        names: per device, those weights' qualified names.
+        trainable: input position, name and ``requires_grad`` of each rewritten weight, where noise depends on it.
+        learned: the weights whose widths are inputs, in this order.
+    """
+
+    positions: dict[torch.device, tuple[int, ...]] = field(default_factory=dict)
+    names: dict[torch.device, tuple[str, ...]] = field(default_factory=dict)
+    trainable: tuple[tuple[int, str, bool], ...] = ()
+    learned: tuple[LearnedInput, ...] = ()
+
+
+@dataclass(frozen=True)
+class LearnedInput:
+    """A weight whose bit widths the graph takes as an input.
+
+    Attributes:
+        position: input position of the weight.
+        name: its qualified name.
+        batch_dims: see `gws_compile.numerics.blocks.matrix_shape`.
+        shard: the part that this rank holds, where the weight is a DTensor.
+    """
+
+    position: int
+    name: str
+    batch_dims: int
+    shard: ShardRange | None

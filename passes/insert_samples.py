@@ -1,0 +1,254 @@
+"""Put ``gws::sample_weight`` between a weight and its reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from gws_compile.config import Config
+from gws_compile.numerics.blocks import matrix_shape
+from gws_compile.numerics.shards import from_local_like
+from gws_compile.numerics.widths import parameter_shape
+from gws_compile.ops.sample_arguments import SampleArguments
+from gws_compile.torch_internals.distributed import local_example
+from gws_compile.torch_internals.fake_tensors import fake_like
+from gws_compile.torch_internals.graphs import add_placeholder, example_value
+
+from . import operations
+from .graph_walk import Place, Step, placeholders_of
+from .input_layout import InputLayout, LearnedInput
+from .rewrite_context import Rewrite, Sample
+from .weights import Weight
+
+_LEFT_OUT = "the pass insert_samples is left out"
+
+
+def insert_samples(rewrite: Rewrite, *, config: Config) -> None:
+    """Rewrite every selected weight.
+
+    Before::
+
+        linear(x, weight, bias)
+
+    After::
+
+        sample_weight = gws.sample_weight(weight, gws_key_0, gws_clock, 0, ...)
+        linear(x, sample_weight, bias)
+
+    A weight of which each rank holds a part (DTensor) is sampled part by part, at its place in the whole weight::
+
+        sample_weight = gws.sample_weight(weight.to_local(), gws_key_0, gws_clock, 0, ..., whole, offset, ...)
+        linear(x, from_local_like(sample_weight, weight), bias)
+
+    One sample serves all reads of a weight in a graph; a read inside an activation checkpoint is sampled in the
+    checkpoint's body, which is computed again in backward and so keeps nothing. Frozen weights, and all weights while
+    gradients are disabled, are cast without noise. Other uses of the weight keep reading the weight itself.
+
+    With learned widths their parameters are inputs too, also of graphs without noise, whose cast depends on them.
+
+    Requires the weights of `find_reads`, with what `select_weights` says of them. Provides `Rewrite.layout` (keys,
+    clock and widths are new inputs) and `Rewrite.samples`.
+
+    Args:
+        rewrite: the graph; changed in place, and its checkpoint bodies.
+        config: format, noise, block and scale become the operator's arguments.
+    """
+    noisy = [weight for weight in rewrite.selected if weight.noisy]
+    learned = [weight for weight in rewrite.selected if config.learned is not None and weight.trainable]
+    keys, clocks = _add_keys(rewrite.module, noisy)
+    widths = {weight.position: _add_widths(rewrite.module, weight, i, config) for i, weight in enumerate(learned)}
+    inserter = _Inserter(rewrite, config)
+    for weight in rewrite.selected:
+        clock = clocks[weight.device] if weight.noisy else None
+        inputs = _Inputs(keys.get(weight.position), clock, widths.get(weight.position))
+        inserter.insert(weight, weight.place, inputs)
+    rewrite.layout = _layout(rewrite, noisy, learned, config)
+
+
+def without_samples(rewrite: Rewrite) -> None:
+    """Have every weight stand as one that is left alone, where the pass is left out."""
+    for weight in rewrite.selected:
+        weight.reason, weight.noisy = _LEFT_OUT, False
+
+
+def _layout(rewrite: Rewrite, noisy: list[Weight], learned: list[Weight], config: Config) -> InputLayout:
+    by_device = {device: [w for w in noisy if w.device == device] for device in dict.fromkeys(w.device for w in noisy)}
+    trains = config.noise != "none" and rewrite.gradients
+    return InputLayout(
+        positions={device: tuple(w.position for w in weights) for device, weights in by_device.items()},
+        names={device: tuple(w.name for w in weights) for device, weights in by_device.items()},
+        trainable=tuple((w.position, w.name, w.trainable) for w in rewrite.selected) if trains else (),
+        learned=tuple(LearnedInput(w.position, w.name, w.reads[0].batch_dims, w.shard) for w in learned),
+    )
+
+
+def _add_keys(gm: fx.GraphModule, noisy: list[Weight]) -> tuple[dict[int, fx.Node], dict[torch.device, fx.Node]]:
+    """Inputs for the keys, by the weights' positions, and for the clock of each device, behind its keys."""
+    keys: dict[int, fx.Node] = {}
+    clocks: dict[torch.device, fx.Node] = {}
+    devices = list(dict.fromkeys(weight.device for weight in noisy))
+    for i, device in enumerate(devices):
+        members = [weight for weight in noisy if weight.device == device]
+        suffix = f"_{i}" if len(devices) > 1 else ""
+        example = example_value(members[0].node)
+        for weight in members:
+            key = fake_like(torch.zeros(2, dtype=torch.int32, device=device), example)
+            keys[weight.position] = add_placeholder(gm.graph, f"gws_key_{len(keys)}", key)
+        clock = fake_like(torch.zeros(3, dtype=torch.int32, device=device), example)
+        clocks[device] = add_placeholder(gm.graph, f"gws_clock{suffix}", clock)
+    return keys, clocks
+
+
+def _add_widths(gm: fx.GraphModule, weight: Weight, number: int, config: Config) -> fx.Node:
+    """An input for the width parameter of a weight."""
+    assert config.learned is not None
+    local = weight.shape if weight.shard is None else weight.shard.local
+    shape = parameter_shape(*matrix_shape(local, weight.reads[0].batch_dims), config.block, config.learned.granularity)
+    parameter = torch.ones(shape, device=weight.device, requires_grad=True)
+    return add_placeholder(gm.graph, f"gws_bits_{number}", fake_like(parameter, example_value(weight.node)))
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """The nodes of a weight's inputs, in the graph that is being rewritten."""
+
+    key: fx.Node | None
+    clock: fx.Node | None
+    widths: fx.Node | None
+
+
+class _Transforms:
+    """Where transforms of torch.func (vmap, grad) are at work in the graphs that are rewritten.
+
+    What is sampled inside belongs to the transform, which then refuses to map over it or to differentiate by it.
+    """
+
+    def __init__(self) -> None:
+        self._spans: dict[fx.Graph, list[tuple[fx.Node, fx.Node]]] = {}
+
+    def outside(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
+        """The node, or the begin of the outermost transform that it stands in."""
+        if graph not in self._spans:
+            self._spans[graph] = list(_outermost_transforms(graph))
+        return next((begin for begin, end in self._spans[graph] if begin < node < end), node)
+
+
+def _outermost_transforms(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
+    begins: list[fx.Node] = []
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        name = operations.name_of(node)
+        if name in operations.TRANSFORM_BEGINS:
+            begins.append(node)
+        elif name in operations.TRANSFORM_ENDS:
+            begin = begins.pop()
+            if not begins:
+                yield begin, node
+
+
+class _Inserter:
+    """Inserts the samples of weights, in a graph and in the checkpoint bodies that the graph hands them to."""
+
+    def __init__(self, rewrite: Rewrite, config: Config) -> None:
+        self._rewrite = rewrite
+        self._config = config
+        self._transforms = _Transforms()
+        # Views that also serve other uses -> the copies that serve reads; a view may hold several weights.
+        self._copies: dict[fx.Node, fx.Node] = {}
+
+    def insert(self, weight: Weight, place: Place, inputs: _Inputs) -> None:
+        """Sample the weight at a place where it stands, for all of its reads there."""
+        steps = [step for step in place.steps if step.leads_to_read]
+        for step in steps:
+            if step.kind == "body":
+                self._insert_in_body(weight, place, step, inputs)
+        steps = [step for step in steps if step.kind != "body"]
+        if not steps:
+            return
+        first = min(self._copies.get(step.node, step.node) for step in steps)
+        sampled, used = self._sample(weight, place, first, inputs)
+        served = tuple(self._redirect(place.module, step, place.node, used) for step in steps)
+        self._rewrite.samples.append(Sample(weight, place.module, sampled, served))
+
+    def _insert_in_body(self, weight: Weight, place: Place, step: Step, inputs: _Inputs) -> None:
+        body = step.places[0].module
+        inside = _Inputs(*(_as_operand(body, step.node, given) for given in (inputs.key, inputs.clock, inputs.widths)))
+        for onward in step.places:
+            self.insert(weight, onward, inside)
+
+    def _sample(self, weight: Weight, place: Place, first: fx.Node, inputs: _Inputs) -> tuple[fx.Node, fx.Node]:
+        """The sample's node, in front of ``first``, and the node that its reads take: another one for a DTensor."""
+        node, graph, shard = place.node, place.module.graph, weight.shard
+        with graph.inserting_before(self._transforms.outside(graph, first)):
+            held = node if shard is None else graph.call_method("to_local", (node,))
+            sampled = graph.create_node(
+                "call_function",
+                torch.ops.gws.sample_weight.default,
+                self._arguments(weight, held, inputs).call(),
+                name="sample_weight",
+            )
+            used = sampled if shard is None else graph.call_function(from_local_like, (sampled, node))
+        value = example_value(node)
+        local = value if shard is None else local_example(value)
+        for made, example in ((held, local), (sampled, local), (used, value)):
+            if made is not node:
+                made.meta.update({k: v for k, v in first.meta.items() if k in ("stack_trace", "nn_module_stack")})
+                made.meta["example_value"] = example
+        return sampled, used
+
+    def _arguments(self, weight: Weight, held: fx.Node, inputs: _Inputs) -> SampleArguments:
+        config, shard = self._config, weight.shard
+        learned = config.learned if inputs.widths is not None else None
+        return SampleArguments(
+            w=held,
+            key=inputs.key,
+            clock=inputs.clock,
+            batch_dims=weight.reads[0].batch_dims,
+            fmt=config.fmt.spec,
+            bits=config.bits,
+            noise=config.noise if inputs.key is not None else "none",
+            block=list(config.block),
+            scale=config.scale or "",
+            learned=inputs.widths,
+            rule=learned.rule.spec if learned is not None else "",
+            whole=[] if shard is None else list(shard.whole),
+            offset=[] if shard is None else list(shard.offset),
+            out_dtype=None,
+            keep=config.backward == "save",
+        )
+
+    def _redirect(self, module: fx.GraphModule, step: Step, old: fx.Node, new: fx.Node) -> Step:
+        """Have a use take ``new`` for ``old``; where it also serves other uses, a copy of it does.
+
+        Returns:
+            The use of ``new``.
+        """
+        if step.leads_only_to_reads:
+            step.node.replace_input_with(old, new)
+            return step
+        (view,) = step.places
+        copied = self._copies.get(step.node)
+        if copied is not None:  # made for another weight in the same view
+            copied.replace_input_with(old, new)
+        else:
+            with module.graph.inserting_after(step.node):
+                copied = module.graph.node_copy(step.node, lambda node: new if node is old else node)
+            self._copies[step.node] = copied
+        further = (one for one in view.steps if one.leads_to_read)
+        served = tuple(self._redirect(module, one, step.node, copied) for one in further)
+        return Step(copied, "view", (Place(module, copied, served),))
+
+
+def _as_operand(body: fx.GraphModule, node: fx.Node, given: fx.Node | None) -> fx.Node | None:
+    """The placeholder inside a body for an outer node, which becomes an operand of the checkpoint if it is none yet."""
+    if given is None:
+        return None
+    known = placeholders_of(body, node, given)
+    if known:
+        return known[0]
+    node.args = (*node.args, given)
+    return add_placeholder(body.graph, given.name, example_value(given))

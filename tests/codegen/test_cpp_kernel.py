@@ -1,0 +1,196 @@
+"""The C++ kernel that samples a weight on a CPU: bit for bit the eager operator, and what Inductor makes of it."""
+
+import re
+
+import pytest
+import torch
+from support.operator import arguments, cut, sample, sample_parts
+from support.oracle import assert_bits_equal
+from torch._inductor.utils import fresh_cache, run_and_get_code
+
+from gws_compile import LearnedBits
+from gws_compile.numerics import widths
+from gws_compile.torch_internals.cpp_template import cpp_vector_size
+
+SIZE = cpp_vector_size(torch.device("cpu"))
+pytestmark = pytest.mark.skipif(SIZE is None, reason="no vectors in C++ code here")
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+# Shape, dtype, settings; all of whole vectors (16 float32 values at most).
+CASES = {
+    "default": ((64, 128), F32, {}),
+    "autocast": ((64, 128), F32, {"out_dtype": BF16}),
+    "rows left over, a partial block": ((101, 80), F32, {}),
+    "fewer rows than side by side": ((5, 64), BF16, {}),
+    "several parts in a row": ((40, 2096), F32, {"out_dtype": BF16}),
+    "bf16 weight": ((64, 80), BF16, {"fmt": "e2m1", "bits": 3.0, "scale": "ceil"}),
+    "fp16 weight, out bf16": ((64, 80), F16, {"noise": "uniform", "bits": 4.5, "out_dtype": BF16}),
+    "no scale": ((64, 80), F32, {"fmt": "e5m2", "noise": "uniform", "scale": ""}),
+    "cast only": ((64, 80), F32, {"fmt": "e3m2", "noise": "none"}),
+    "cast only, no scale": ((64, 80), BF16, {"fmt": "e8m3", "noise": "none", "scale": ""}),
+    "bf16 grid": ((64, 80), F32, {"fmt": "e8m7", "bits": 9.0}),
+    "23 mantissa bits": ((64, 80), F32, {"fmt": "e7m23", "bits": 24.0}),
+    "blocks of one row": ((33, 96), F32, {"block": (1, 32)}),
+    "blocks of many columns": ((33, 2208), F32, {"block": (4, 1104)}),
+    "experts": ((3, 40, 48), F32, {"batch_dims": 1}),
+    "convolution": ((20, 16, 3, 3), F32, {"noise": "uniform"}),
+    "two batch dims": ((2, 3, 16, 32), F32, {"block": (4, 16), "batch_dims": 2}),
+    "switched off": ((64, 80), F32, {"clock": torch.tensor([7, 0, 0], dtype=torch.int32)}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    with fresh_cache():
+        yield
+
+
+def weight(shape, dtype):
+    torch.manual_seed(0)
+    w = torch.randn(shape) * 0.02
+    if len(shape) == 2 and shape[0] >= 64:
+        w[40, 40], w[63, 5], w[:32, 32:64] = float("nan"), float("-inf"), 0
+        w[1, :16] = -0.0
+    return w.to(dtype)
+
+
+def compiled(run, *inputs):
+    """The result of the compiled function and its code, in which every kernel is ours."""
+    result, (code,) = run_and_get_code(torch.compile(run, fullgraph=True), *inputs)
+    assert "torch.ops.gws" not in code
+    kernels = re.findall(r"async_compile\.cpp_pybinding\(.*?'''\)", code, re.S)
+    assert kernels
+    assert all("const auto c0 = " in kernel for kernel in kernels)
+    return result, kernels
+
+
+def test_equals_eager():
+    """All cases in one compiled function: NaN, Inf, signed zeros and zero blocks included."""
+    weights = [weight(shape, dtype) for shape, dtype, _ in CASES.values()]
+
+    def run(weights):
+        return [sample(*arguments(w, **s)) for w, (_, _, s) in zip(weights, CASES.values(), strict=True)]
+
+    results, kernels = compiled(run, weights)
+    assert len(kernels) == len(CASES)
+    for got, want in zip(results, run(weights), strict=True):
+        assert got.stride() == want.stride()
+        assert_bits_equal(got, want)
+
+
+def test_parts_of_a_weight():
+    """A shard is that part of the whole weight's sample: rows, columns, experts, and columns of a convolution."""
+    cases = [
+        ((96, 80), (32, 0), (64, 80), {}),
+        ((40, 96), (0, 32), (40, 64), {}),
+        ((64, 64), (32, 32), (32, 32), {}),
+        ((6, 40, 48), (2, 0, 0), (3, 40, 48), {"batch_dims": 1}),
+        ((6, 64, 48), (0, 32, 0), (6, 32, 48), {"batch_dims": 1}),
+        ((8, 32, 4, 4), (0, 16, 0, 0), (8, 16, 4, 4), {}),
+    ]
+    wholes = [weight(shape, F32) for shape, *_ in cases]
+
+    def run(parts):
+        return sample_parts(parts, cases)
+
+    results, _ = compiled(run, [cut(w, at, local) for w, (_, at, local, _) in zip(wholes, cases, strict=True)])
+    for got, w, (_, at, local, settings) in zip(results, wholes, cases, strict=True):
+        assert_bits_equal(got, cut(sample(*arguments(w, **settings)), at, local))
+
+
+def test_element_indices_wrap_around():
+    """A part far behind the first 2**32 elements of a weight."""
+    whole, offset = (1 << 20, 1 << 14), ((1 << 19) + 32, 64)
+    w = weight((32, 64), F32)
+
+    def run(w):
+        return sample(*arguments(w, part=(whole, offset)))
+
+    assert_bits_equal(compiled(run, w)[0], run(w))
+
+
+@pytest.mark.parametrize("granularity", ["block", "weight"])
+def test_learned_widths(granularity):
+    """Widths by block and by weight; drawn, without noise, and frozen."""
+    torch.manual_seed(0)
+    rule = LearnedBits(init=6, target=4).rule
+    cases = [((101, 80), 0, "rounded_normal"), ((3, 40, 1072), 1, "uniform"), ((64, 80), 0, "none")]
+    weights = [weight(shape, F32) for shape, *_ in cases]
+    parameters = []
+    for (shape, dims, _), w in zip(cases, weights, strict=True):
+        matrices = shape[0] if dims else 1
+        size = widths.parameter_shape(matrices, *w.shape[-2:], (32, 32), granularity)
+        parameters.append(1 + torch.randn(size))
+
+    def run(weights, parameters, clock):
+        return [
+            sample(*arguments(w, fmt="e8m7", noise=noise, batch_dims=d, learned=b, rule=rule.spec, clock=clock))
+            for w, b, (_, d, noise) in zip(weights, parameters, cases, strict=True)
+        ]
+
+    for clock in ([7, -1, 0], [8, -1, -1], [9, 0, 0]):
+        clock = torch.tensor(clock, dtype=torch.int32)
+        results, kernels = compiled(run, weights, parameters, clock)
+        assert len(kernels) == len(cases)
+        for got, want in zip(results, run(weights, parameters, clock), strict=True):
+            assert_bits_equal(got, want)
+
+
+def test_weights_of_a_shape_share_a_kernel():
+    """The kernel reads a weight and writes its sample, and stores nothing else."""
+    weights = [weight((64, 128), F32), weight((64, 128), F32) + 1]
+
+    def run(weights):
+        return [sample(*arguments(w, out_dtype=BF16)) for w in weights]
+
+    results, (code,) = run_and_get_code(torch.compile(run, fullgraph=True), weights)
+    assert len(re.findall(r"async_compile\.cpp_pybinding", code)) == 1
+    assert re.findall(r"= empty_strided_cpu\(\((.*?)\), \(.*?\), (.*?)\)", code) == [("64, 128", "torch.bfloat16")] * 2
+    for got, want in zip(results, run(weights), strict=True):
+        assert_bits_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: (torch.randn(40, 70),), id="columns are no whole vectors"),
+        pytest.param(lambda: (torch.randn(64, 96).t(),), id="strides"),
+        pytest.param(lambda: (torch.randn(64, 96), {"block": (32, 4)}), id="narrow blocks"),
+        pytest.param(lambda: (torch.randn(512, 512), {"block": (512, 512)}), id="a block beyond the cache"),
+    ],
+)
+def test_other_weights_take_loops(make):
+    w, *settings = make()
+
+    def run(w):
+        return sample(*arguments(w, **(settings[0] if settings else {})))
+
+    result, (code,) = run_and_get_code(torch.compile(run, fullgraph=True), w)
+    assert "torch.ops.gws" not in code
+    assert "const auto c0 = " not in code
+    assert_bits_equal(result, run(w))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        pytest.param(lambda s: s @ torch.ones(96, 8), id="product"),
+        pytest.param(lambda s: s[::4] * 2, id="slice"),
+        pytest.param(lambda s: s[::8].abs().sum(0), id="reduction"),
+        pytest.param(lambda s: s + 1, id="elementwise"),
+        pytest.param(lambda s: (s.t().contiguous(), s.view(64, 3, 32)[:, 1] + 1, s), id="several"),
+    ],
+)
+def test_what_reads_a_sample(read):
+    """Slices, views and reductions read the sample from memory; elementwise readers are fused with loops instead."""
+    w = weight((64, 96), F32).nan_to_num()
+
+    def run(w):
+        return read(sample(*arguments(w)))
+
+    got, want = torch.compile(run, fullgraph=True)(w), run(w)
+    pairs = zip(got, want, strict=True) if isinstance(got, tuple) else [(got, want)]
+    for a, b in pairs:
+        torch.testing.assert_close(a, b)

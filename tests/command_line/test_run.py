@@ -1,0 +1,256 @@
+"""`gws run script` beside `python script`: the script sees no difference but the backend."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+GWS = [sys.executable, "-m", "gws_compile", "run"]
+
+MODEL = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(40, 72), nn.Linear(72, 40)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())
+
+def train(model, call, steps=3):
+    torch.manual_seed(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(steps):
+        loss = call(torch.randn(8, 40)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.item()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").touch()
+    (tmp_path / "nets.py").write_text(MODEL)
+    return tmp_path
+
+
+def start(command, folder, stdin="", **environment):
+    (folder / "elsewhere").mkdir(exist_ok=True)
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("GWS_")}
+    return subprocess.run(
+        command,
+        cwd=folder / "elsewhere",
+        input=stdin,
+        env={**variables, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def write(folder, name, text):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(textwrap.dedent(text))
+    return str(path)
+
+
+WHO = """
+import atexit, json, multiprocessing, os, sys
+here = sys.modules["__main__"]
+atexit.register(lambda: print("bye", __name__, here is sys.modules["__main__"]))
+print(json.dumps([
+    sys.argv, sys.path[:2], __name__, __file__, str(__spec__ and __spec__.name), __package__,
+    here.__dict__ is globals(), __builtins__.__name__,
+    sorted(k for k in globals() if k not in ("__cached__", "__annotations__")),
+    sys.stdin.read(), type(__loader__).__name__,
+]))
+sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("how", ["script", "module"])
+def test_the_program_is_main(folder, how):
+    """Arguments, paths, `__main__` and its attributes, stdin, exit handlers and the exit code."""
+    write(folder, "elsewhere/package/__init__.py", "")
+    write(folder, "elsewhere/package/__main__.py", WHO)
+    write(folder, "who.py", WHO)
+    command = ["../who.py"] if how == "script" else ["-m", "package"]
+    command += ["7", "--fmt", "x", "--", "--help"]
+    plain = start([sys.executable, *command], folder, "some\ninput")
+    ours = start([*GWS, *command], folder, "some\ninput")
+    assert plain.returncode == 7
+    assert (ours.returncode, ours.stdout) == (plain.returncode, plain.stdout)
+    assert "NO WEIGHT WAS REWRITTEN" in ours.stderr
+    assert "gws run --auto" in ours.stderr
+
+
+def test_traceback_and_ctrl_c(folder):
+    """Errors come out as Python prints them, chained ones too, without a frame of ours, and so to a hook of the script;
+
+    Ctrl-C ends the process by the signal.
+    """
+    path = write(
+        folder,
+        "bad.py",
+        """
+        import sys, traceback
+        def hook(kind, error, tb):
+            print("mine", kind, error.__traceback__ is tb, *traceback.format_exception(error), file=sys.stderr)
+        def f(how):
+            try:
+                {}["x"]
+            except KeyError as error:
+                raise (KeyboardInterrupt if how == "ctrl-c" else ValueError)("bad") from error
+        if sys.argv[1] == "hook":
+            sys.excepthook = hook
+        f(sys.argv[1])
+        """,
+    )
+    for how, code in (("hook", 1), ("ctrl-c", -signal.SIGINT)):
+        plain = start([sys.executable, path, how], folder)
+        ours = start([*GWS, path, how], folder)
+        assert ours.returncode == plain.returncode == code
+        assert ours.stderr.startswith(plain.stderr + "\ngws run: ")
+
+
+def test_report_settings_and_left_alone(folder):
+    """A file below the environment below the command line; the header names what was left alone; stdout is its own."""
+    path = write(
+        folder,
+        "train.py",
+        """
+        import os, torch
+        from nets import Net, train
+        model = Net()
+        other = torch.compile(Net(), backend="aot_eager")
+        os.chdir("..")
+        print(train(model, torch.compile(model)), train(other, other))
+        """,
+    )
+    write(folder, "elsewhere/gws.toml", 'fmt = "fp4_e2m1"\nbits = 3.5\nseed = 4\ninner = "eager"')
+    done = start(
+        [*GWS, "--config", "gws.toml", "--bits", "6", "--include", "up.*", "--report", "r.json", path],
+        folder,
+        GWS_SEED="5",
+        GWS_FMT="fp6_e3m2",
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"\d+\.\d+ \d+\.\d+\n", done.stdout)
+    report = json.loads((folder / "elsewhere" / "r.json").read_text())
+    assert report["header"] == (
+        f"1 torch.compile call took the gws backend: Net at {path}:7; 1 left alone: backend='aot_eager' at {path}:5"
+    ).replace(f"Net at {path}", "Net at train.py")  # seen from the folder that the script has changed to
+    weights = {w["name"]: (w["fmt"], w["bits"], w["rewritten"]) for w in report["weights"]}
+    assert weights == {"up.weight": ("fp6_e3m2", 6.0, True), "down.weight": ("", None, False)}
+    assert report["header"] in done.stderr
+    assert "GwsWarning: torch.compile of Net at" in done.stderr
+
+
+def test_spawned_processes(folder):
+    """DataLoader workers import the script again; training in a spawned or forked process takes the backend too."""
+    path = write(
+        folder,
+        "spawn.py",
+        """
+        import sys, torch
+        import torch.multiprocessing as mp
+        from torch.utils.data import DataLoader, TensorDataset
+        from nets import Net, train
+
+        def worker(rank):
+            model = Net()
+            print(train(model, model) > 0, flush=True)
+
+        if __name__ == "__main__":
+            for target in (worker, abs):
+                process = mp.get_context("fork").Process(target=target, args=(1,))
+                process.start()
+                process.join()
+            data = TensorDataset(torch.arange(4.0))
+            loader = DataLoader(data, num_workers=1, multiprocessing_context="spawn")
+            print(sum(x.item() for (x,) in loader), flush=True)
+            mp.spawn(worker, nprocs=1)
+        """,
+    )
+    done = start([*GWS, "--auto", "--inner", "eager", path], folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "True\n6.0\nTrue\n"
+    reports = done.stderr.split("\ngws run: ")[1:]  # the forked process, the spawned one, this one; no other
+    assert ["1 module compiled by --auto: Net" in report for report in reports] == [True, True, False]
+    assert ["2 of 2 weights rewritten" in report for report in reports] == [True, True, False]
+    assert "NO WEIGHT WAS REWRITTEN" in reports[2]
+
+
+def test_under_torchrun_rank_0_reports(folder):
+    path = write(
+        folder,
+        "ddp.py",
+        """
+        import torch, torch.distributed as dist
+        from nets import Net, train
+        dist.init_process_group("gloo")
+        model = torch.nn.parallel.DistributedDataParallel(Net())
+        train(model, torch.compile(model))
+        dist.destroy_process_group()
+        """,
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = start([*torchrun, "-m", "gws_compile", "run", "--inner", "eager", path], folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("1 torch.compile call took the gws backend: DistributedDataParallel at") == 1
+    assert done.stderr.count("2 of 2 weights rewritten") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--fmtt", "bf16", "x.py"], "unrecognized arguments: --fmtt (did you mean '--fmt'?)"),
+        (["--fmt", "fp99", "x.py"], "error: --fmt fp99: unknown format 'fp99'; accepted: fp4_e2m1"),
+        (["--bits", "learned", "--noise", "none", "x.py"], "error: bits=LearnedBits(...) learns from the noise"),
+        (["--config", "no.toml", "x.py"], "no.toml"),
+        (["--report", "no/where.txt", "x.py"], "--report no/where.txt: there is no such folder"),
+        (["nosuch.py"], "error: can't open file"),
+        (["-m", "nosuch.module"], "error: No module named 'nosuch'"),
+        ([], "the following arguments are required: SCRIPT"),
+    ],
+)
+def test_wrong_command_lines(arguments, message, capsys, monkeypatch):
+    """Exit code 2 and one line; here without a process of its own."""
+    from gws_compile.command_line import cli
+    from gws_compile.command_line.run_session import RunSession
+
+    for name in ("GWS_FMT", "GWS_BITS", "GWS_NOISE", "GWS_CONFIG"):
+        monkeypatch.setenv(name, "x")  # so that what the command line puts there is taken away again
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(RunSession, "start", lambda self: None)
+    try:
+        code = cli.main(["run", *arguments])
+    except SystemExit as exit:
+        code = exit.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_is_made_from_the_settings(capsys):
+    from gws_compile.command_line import cli
+    from gws_compile.command_line.settings_text import NAMES
+
+    with pytest.raises(SystemExit):
+        cli.main(["run", "--help"])
+    text = capsys.readouterr().out
+    assert all(f"\n  --{name}" in text for name in NAMES)
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert "run an unmodified training script" in " ".join(capsys.readouterr().out.split())

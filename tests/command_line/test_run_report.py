@@ -1,0 +1,93 @@
+"""What `gws run` says at the end, by what has happened."""
+
+import pytest
+import torch
+from torch import nn
+
+import gws_compile
+from gws_compile.command_line.named_backend import forget_named_backends
+from gws_compile.command_line.run_report import RunReport
+from gws_compile.command_line.torch_compile_patch import CompileCall, CompileCalls
+
+TAKEN = CompileCall("train.py:3", "Net", taken=True)
+LEFT = CompileCall("train.py:12", "Net", taken=False, reason="backend='cudagraphs'")
+AUTO = CompileCall("train.py:9", "Net", taken=True, reason="--auto")
+
+
+def report_of(*calls, auto=False, file=None):
+    record = CompileCalls()
+    for call in calls:
+        record.add(call)
+    return RunReport(record, script="train.py", auto=auto, file=file)
+
+
+@pytest.fixture(autouse=True)
+def _no_backends_by_name(monkeypatch):
+    forget_named_backends()
+    monkeypatch.delenv("RANK", raising=False)
+
+
+def test_header():
+    text = report_of(TAKEN, TAKEN, LEFT).header()
+    assert text == (
+        "2 torch.compile calls took the gws backend: Net at train.py:3 x 2; "
+        "1 left alone: backend='cudagraphs' at train.py:12"
+    )
+    text = report_of(AUTO, auto=True).header()
+    assert text == "0 torch.compile calls took the gws backend; 1 module compiled by --auto: Net at train.py:9"
+    many = [CompileCall(f"train.py:{i}", "f", taken=True) for i in range(20)]
+    assert report_of(*many).header().endswith("f at train.py:7, ...")
+
+
+@pytest.mark.parametrize(
+    ("calls", "auto", "why", "hint"),
+    [
+        ([], False, "The script never calls torch.compile.", True),
+        ([LEFT], False, "Every torch.compile call names a backend of its own", True),
+        ([TAKEN], False, "What was compiled has read no weight", False),
+        ([], True, "No module with trainable weights was called with gradients enabled", False),
+    ],
+)
+def test_nothing_rewritten_is_loud(calls, auto, why, hint, capsys):
+    report_of(*calls, auto=auto).finish()
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "NO WEIGHT WAS REWRITTEN: this was ordinary training." in printed.err
+    assert why in printed.err
+    assert ("gws run --auto train.py" in printed.err) == hint
+
+
+def test_backends_of_the_script_and_a_text_file(tmp_path, capsys):
+    torch._dynamo.reset()
+    own = gws_compile.backend("fp6_e3m2", inner="eager")
+    torch.compile(nn.Linear(40, 24), backend=own)(torch.ones(1, 40))
+    file = tmp_path / "report.txt"
+    report = report_of(TAKEN, file=str(file))
+    report.calls.own.append(own)
+    report.finish()
+    assert "1 of 1 weights rewritten" in file.read_text()
+    assert file.read_text().startswith("gws run: 1 torch.compile call took the gws backend: Net at train.py:3")
+    assert str(file) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("environment", "recorded", "speaks"), [("1", None, False), ("1", 0, True), ("0", 1, False)])
+def test_the_first_rank_speaks(environment, recorded, speaks, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", environment)
+    report = report_of(TAKEN)
+    report.calls.rank = recorded
+    report.finish()
+    assert bool(capsys.readouterr().err) == speaks
+
+
+def test_the_page_is_that_of_the_backend(tmp_path, capsys):
+    """With the graphs, which a report over several backends has not."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    backend = gws_compile.named_backend(inner="eager", fmt="fp6_e3m2")
+    torch.compile(model, backend=backend)(torch.ones(2, 8)).sum().backward()
+    report_of(TAKEN, file=str(tmp_path / "run.html")).finish()
+    page = (tmp_path / "run.html").read_text()
+    assert page.startswith("<!DOCTYPE html>")
+    assert "fp6_e3m2" in page
+    assert "graph 0" in page
+    assert "The report is in" in capsys.readouterr().err

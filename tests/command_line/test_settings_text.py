@@ -1,0 +1,151 @@
+"""Settings as text: the environment, a TOML file, and which of them counts."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+from gws_compile.passes import SKIP_VARIABLE
+
+import gws_compile
+from gws_compile import LearnedBits
+from gws_compile.command_line.settings_text import NAMES, from_environment, from_file, nearest, read, variable
+from gws_compile.config import SETTINGS, Config
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("fmt", "fp6_e3m2", "fp6_e3m2"),
+        ("noise", "none", "none"),
+        ("bits", "5", 5.0),
+        ("bits", "4.5", 4.5),
+        ("bits", "learned", LearnedBits()),
+        ("bits", "learned:average=5,granularity=weight", LearnedBits(average=5.0, granularity="weight")),
+        ("block", "16x32", (16, 32)),
+        ("block", "(16, 32)", (16, 32)),
+        ("scale", "none", None),
+        ("scale", "ceil", "ceil"),
+        ("include", "*.mlp.*, *.attn.*", ("*.mlp.*", "*.attn.*")),
+        ("exclude", "", ""),
+        ("seed", "7", 7),
+        ("seed", "0x10", 16),
+        ("resample", "forward", "forward"),
+        ("backward", "recompute", "recompute"),
+        ("inner", "eager", "eager"),
+        ("strict", "1", True),
+        ("strict", "No", False),
+    ],
+)
+def test_text_and_environment(name, text, value):
+    assert read(name, text) == value
+    assert Config.make(**from_environment({variable(name): text})) == Config.make(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "message"),
+    [
+        ("GWS_FMT", "fp7", "GWS_FMT='fp7': unknown format 'fp7'; accepted"),
+        ("GWS_BITS", "five", "GWS_BITS='five': bits must be a number from 2 to 24, got 'five'"),
+        ("GWS_BITS", "learned:avrage=5", "GWS_BITS='learned:avrage=5': LearnedBits has no 'avrage': did you mean 'ave"),
+        ("GWS_BITS", "learned:init=99", "GWS_BITS='learned:init=99': LearnedBits.init must be a number from 2 to 24"),
+        ("GWS_BLOCK", "32", "GWS_BLOCK='32': block must be two positive ints"),
+        ("GWS_BLOCK", "a x 3", "GWS_BLOCK='a x 3': block must be two positive ints"),
+        ("GWS_SCALE", "round", "GWS_SCALE='round': scale must be one of 'floor', 'ceil', None"),
+        ("GWS_INCLUDE", "", "GWS_INCLUDE='': include takes globs"),
+        ("GWS_SEED", "x", "GWS_SEED='x': seed must be an int"),
+        ("GWS_STRICT", "maybe", "GWS_STRICT='maybe': strict must be True or False, got 'maybe'"),
+        ("GWS_INNER", "nvfuser", "GWS_INNER='nvfuser': inner must be one of 'inductor'"),
+    ],
+)
+def test_bad_values_name_their_variable(variable, text, message):
+    with pytest.raises(ValueError) as raised:
+        from_environment({variable: text})
+    assert str(raised.value).startswith(message)
+
+
+def test_unknown_variable_is_said_with_the_nearest():
+    with pytest.warns(gws_compile.GwsWarning, match="variable GWS_BITZ has no effect: did you mean 'GWS_BITS'"):
+        assert from_environment({"GWS_BITZ": "3"}) == {}
+    assert from_environment({"HOME": "/", "GWSBITS": "3"}) == {}
+
+
+def test_the_variable_that_leaves_out_passes_is_no_setting(recwarn):
+    assert from_environment({SKIP_VARIABLE: "fold_casts", "GWS_BITS": "3"}) == {"bits": 3.0}
+    assert not recwarn
+    assert SKIP_VARIABLE not in map(variable, NAMES)
+
+
+def test_file(tmp_path):
+    path = tmp_path / "gws.toml"
+    path.write_text(
+        'fmt = "bf16"\nblock = [16, 16]\nscale = "none"\ninclude = ["a.*", "b.*"]\nseed = 3\nstrict = true\n'
+        '[bits]\naverage = 5\nformats = ["fp4_e2m1", "bf16"]\n'
+    )
+    expected = gws_compile.backend(
+        "bf16",
+        block=(16, 16),
+        scale=None,
+        include=["a.*", "b.*"],
+        seed=3,
+        strict=True,
+        bits=LearnedBits(average=5, formats=("fp4_e2m1", "bf16")),
+    ).config
+    assert Config.make(**from_file(path)) == expected
+    assert hash(Config.make(**from_file(path))) == hash(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('formt = "bf16"', "unknown key 'formt': did you mean 'fmt'?"),
+        ("[bits]\navrage = 5", "LearnedBits has no 'avrage': did you mean 'average'?"),
+        ("bits = 30", "bits = 30: bits must be a number from 2 to 24, got 30"),
+        ('block = "32"', "block = '32': block must be two positive ints"),
+        ("seed = 1.5", "seed = 1.5: seed must be an int"),
+        ("fmt = ", "is not TOML"),
+    ],
+)
+def test_bad_file(tmp_path, text, message):
+    path = tmp_path / "gws.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as raised:
+        from_file(path)
+    assert str(raised.value).startswith(str(path))
+    assert message in str(raised.value)
+
+
+def test_code_beats_environment_beats_file(tmp_path, monkeypatch):
+    path = tmp_path / "gws.toml"
+    path.write_text('fmt = "fp6_e3m2"\nbits = 3\nseed = 3')
+    monkeypatch.setenv("GWS_CONFIG", str(path))
+    monkeypatch.setenv("GWS_BITS", "4")
+    monkeypatch.setenv("GWS_SEED", "4")
+    backend = gws_compile.named_backend(seed=5)
+    assert (backend.config.fmt.name, backend.config.bits, backend.config.seed) == ("fp6_e3m2", 4.0, 5)
+    assert gws_compile.named_backend(seed=5) is backend
+    assert gws_compile.named_backend() is not backend
+
+
+def test_every_setting_is_described():
+    """On one line, in the words of the documentation of `gws_compile.backend`, in its order."""
+    section = inspect.getdoc(gws_compile.backend).partition("Args:\n")[2].partition("\n\n")[0]
+    found = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
+    documented = {name: re.sub(r"\s+", " ", text.replace("``", "")) for name, text in found}
+    descriptions = {setting.name: setting.help for setting in SETTINGS}
+    assert descriptions == documented
+    assert tuple(documented) == NAMES
+    assert all(len(text) > 20 and "\n" not in text for text in descriptions.values())
+
+
+def test_the_file_in_the_documentation(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "unmodified-scripts.md").read_text()
+    path = tmp_path / "gws.toml"
+    path.write_text(page.split("```toml\n")[1].split("```")[0])
+    config = Config.make(**from_file(path))
+    assert (config.fmt.name, config.learned) == ("bf16", LearnedBits(average=5.0))
+
+
+def test_nearest():
+    assert nearest("GWS_INCLUDES", ["GWS_INCLUDE", "GWS_EXCLUDE"]) == "did you mean 'GWS_INCLUDE'?"
+    assert nearest("zzz", ["a", "b"]) == "accepted: a, b"

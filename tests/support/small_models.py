@@ -1,0 +1,50 @@
+"""The smallest models that several test files train, on 40 features unless they say otherwise."""
+
+import torch
+from torch import nn
+
+
+class OneLayer(nn.Module):
+    """``fc`` alone. Without a bias, called with the identity, it returns the weight that it uses, transposed."""
+
+    def __init__(self, rows: int = 40, cols: int = 40, *, bias: bool = True) -> None:
+        super().__init__()
+        self.fc = nn.Linear(cols, rows, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x)
+
+
+class Net(nn.Module):
+    """``up`` to the inner features and ``down`` from them, added to the input."""
+
+    def __init__(self, inner: int = 72) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(40, inner), nn.Linear(inner, 40)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.up(x).relu())
+
+
+class NetWithHead(Net):
+    """A `Net`, and behind it a linear layer under the name that is given."""
+
+    def __init__(self, head: str, features: int, *, inner: int = 72) -> None:
+        super().__init__(inner)
+        self.head = head
+        self.add_module(head, nn.Linear(40, features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return getattr(self, self.head)(super().forward(x))
+
+
+class TwoBlocks(nn.Module):
+    """``first`` and ``second``, each a `Net`; ``out`` behind them is a linear layer to ``features``, if there are."""
+
+    def __init__(self, inner: int = 72, *, features: int | None = None) -> None:
+        super().__init__()
+        self.first, self.second = Net(inner), Net(inner)
+        self.out = nn.Identity() if features is None else nn.Linear(40, features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.second(self.first(x)))
