@@ -77,7 +77,7 @@ class WeightRegistry:
     def _add(self, weight: torch.Tensor, name: str) -> None:
         count = self._used.get(name, 0)
         unique = numbered(name, count)
-        self.check(unique, tuple(weight.shape))
+        self._check(unique, tuple(weight.shape))
         self._used[name] = count + 1
         self._names[weight] = unique
 
@@ -102,12 +102,12 @@ class WeightRegistry:
         before, self._saved = self._saved, shapes or None
         try:
             for name, weight in self.items():
-                self.check(name, tuple(weight.shape))
+                self._check(name, tuple(weight.shape))
         except ValueError:
             self._saved = before
             raise
 
-    def check(self, name: str, shape: tuple[int, ...]) -> None:
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
         """Hold a weight to what `expect` has said of it; a `GwsWarning` where that is nothing.
 
         Args:
