@@ -22,6 +22,7 @@ The layers, from above; each imports only from those below it:
     codegen                 Inductor's lowerings and loops, the C++ kernel
     ops                     the operators and the public references
     config, weight_names    the settings; qualified names of weights
+    source_names            what Dynamo's sources say of a weight
     numerics                the arithmetic
     torch_internals         every private torch API
     warning                 the one category of warnings

@@ -49,7 +49,7 @@ def backend(
         exclude: globs on qualified names that are left alone; output heads and routers by default. It wins over
             ``include``.
         seed: 0 to 2**64 - 1; equal seeds draw equal noise.
-        resample: ``"step"``: new noise once per optimizer step; ``"forward"``: in every training forward.
+        resample: ``"step"``: new noise once per optimizer step; ``"forward"``: in each graph of every training forward.
         backward: ``"save"`` keeps the sampled weight for backward; ``"recompute"`` samples it again there and keeps
             nothing.
         inner: who compiles the rewritten graph: ``"inductor"``, ``"aot_eager"``, ``"eager"``, or a backend of your own,

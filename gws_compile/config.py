@@ -224,7 +224,9 @@ class Settings:
     )
     resample: Resample = field(
         default="step",
-        metadata={"help": '"step": new noise once per optimizer step; "forward": in every training forward.'},
+        metadata={
+            "help": '"step": new noise once per optimizer step; "forward": in each graph of every training forward.'
+        },
     )
     backward: Backward = field(
         default="save",

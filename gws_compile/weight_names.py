@@ -8,50 +8,46 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Container, Set
+from collections.abc import Container
 from fnmatch import fnmatchcase
 
-_REGISTERED = re.compile(r"_(?:modules|parameters|buffers)\[(?:'([^']*)'|\"([^\"]*)\")\]")
-_PARAMETER = re.compile(r"_parameters\[(?:'[^']*'|\"[^\"]*\")\](?:\.data)?$")
+from .source_names import parameter_path
+
 _STAGE = re.compile(r"stage\d+")
-_ROOT = re.compile(r"^[LG]\[['\"](?:self|fn|mod|model)['\"]\]\.?")
+_VARIABLE = re.compile(r"^[LG]\[(['\"])(.*)\1\]$")
 
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Components that ``torch.compile``, FSDP and checkpoint wrappers put into a name, anywhere."""
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+"""Components that ``torch.compile``, FSDP, checkpoint wrappers and Lightning Fabric put into a name, anywhere."""
+
+_WRAPPERS_OF_MODULE = ("DistributedDataParallel", "DataParallel", "AveragedModel", "DeepSpeedEngine")
+"""Classes whose child ``module`` is what they wrap; a child of another class may well be called so."""
 
 
-def is_parameter_source(source: str) -> bool:
-    """Whether a source, such as ``L['self']._modules['fc']._parameters['weight']``, is a module's parameter."""
-    return _PARAMETER.search(source) is not None
+def is_wrapper_component(module: object, child: str) -> bool:
+    """Whether a module has put the name of its child into a qualified name, as a wrapper does."""
+    if child in WRAPPERS:
+        return True
+    return child == "module" and any(
+        kind.__name__ in _WRAPPERS_OF_MODULE and kind.__module__.partition(".")[0] in ("torch", "deepspeed")
+        for kind in type(module).__mro__
+    )
 
 
 def qualified_name(source: str) -> str:
-    """The parameter's name as ``Module.named_parameters`` would give it, relative to the compiled module.
+    """A weight's name as one of Dynamo's sources has it, where no module is at hand that holds it.
 
-    Names that wrappers insert are removed: ``_orig_mod``, ``_fsdp_wrapped_module`` and ``_checkpoint_wrapped_module``
-    anywhere, the ``module`` of DistributedDataParallel in front.
+    Relative to the object that the source begins with, without the components that wrappers insert. A variable's own
+    name where the weight is a variable; the source itself where it is not understood.
     """
-    parts = [a or b for a, b in _REGISTERED.findall(source)]
-    return clean(".".join(parts)) if parts else _ROOT.sub("", source)
-
-
-def clean(name: str) -> str:
-    """A parameter's name without what `qualified_name` says that wrappers insert."""
-    parts = [part for part in name.split(".") if part not in WRAPPERS]
-    while len(parts) > 1 and parts[0] == "module":
-        parts = parts[1:]
-    return ".".join(parts)
+    path = parameter_path(source)
+    if path is None:
+        return source
+    return ".".join(part for part in path if part not in WRAPPERS) or _VARIABLE.sub(r"\2", source)
 
 
 def first_match(name: str, patterns: tuple[str, ...]) -> str | None:
     """The first of the globs that matches the name."""
     return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
-
-
-def ends_in(name: str, known: Set[str]) -> bool:
-    """Whether a name, or its end, is among the known: graphs of blocks know names relative to the block."""
-    parts = name.split(".")
-    return any(".".join(parts[i:]) in known for i in range(len(parts)))
 
 
 def numbered(name: str, count: int) -> str:
@@ -78,8 +74,3 @@ def stage_prefix_of(name: str) -> str:
     """The `stage_prefix` that a unique name begins with; empty where it has none."""
     stage = name.partition(".")[0]
     return f"{stage}." if _STAGE.fullmatch(stage) else ""
-
-
-def without_stage(name: str) -> str:
-    """A unique name without its `stage_prefix`: as the stage's module knows the weight."""
-    return name.removeprefix(stage_prefix_of(name))

@@ -18,7 +18,8 @@ nothing of one another; shared by them are
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from torch import fx
 
@@ -32,7 +33,7 @@ from .insert_samples import insert_samples, without_samples
 from .mark_recompute import mark_recompute, without_marks
 from .rewrite_context import Rewrite
 from .runner import SKIP_VARIABLE, Pass, run
-from .select_weights import select_weights
+from .select_weights import reason_of_name, select_weights
 from .weights import Read, Weight, keep_weights, weights_of
 
 __all__ = [
@@ -44,22 +45,29 @@ __all__ = [
     "Rewrite",
     "Weight",
     "passes_of",
+    "reason_of_name",
     "rewrite",
     "samples",
     "weights_of",
 ]
 
 
-def passes_of(config: Config, is_table: Callable[[Weight], bool] = lambda weight: False) -> tuple[Pass, ...]:
+def passes_of(
+    config: Config,
+    *,
+    names: Mapping[str, str] = MappingProxyType({}),
+    is_table: Callable[[Weight], bool] = lambda weight: False,
+) -> tuple[Pass, ...]:
     """The passes in their order, with their settings bound.
 
     Args:
         config: the settings of a backend.
+        names: those of the graph's weights by their sources, where they are known.
         is_table: whether an earlier graph looks rows up in a weight: where a graph break, or DDP's graph splitting,
             lies between embedding and head, the head's graph cannot tell that its weight is tied.
     """
     return (
-        Pass(find_reads, {"is_table": is_table}),
+        Pass(find_reads, {"names": names, "is_table": is_table}),
         Pass(select_weights, {"config": config}),
         Pass(insert_samples, {"config": config}, without=without_samples),
         Pass(fold_casts, {}, without=lambda rewrite: None),
@@ -72,6 +80,7 @@ def rewrite(
     config: Config,
     *,
     number: int = 0,
+    names: Mapping[str, str] = MappingProxyType({}),
     is_table: Callable[[Weight], bool] = lambda weight: False,
 ) -> Rewrite:
     """Run every pass on a copy of Dynamo's graph, which stays as it is.
@@ -80,9 +89,9 @@ def rewrite(
         gm: the graph, while it is traced.
         config: the settings.
         number: of the graph among the backend's, for log and trace.
-        is_table: see `passes_of`.
+        names, is_table: see `passes_of`.
     """
     rewritten = Rewrite.of(gm)
-    run(passes_of(config, is_table), rewritten, number)
+    run(passes_of(config, names=names, is_table=is_table), rewritten, number)
     keep_weights(rewritten.module, rewritten.weights)
     return rewritten

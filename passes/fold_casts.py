@@ -12,7 +12,8 @@ from gws_compile.ops.sample_arguments import SampleArguments
 from gws_compile.torch_internals.graphs import example_value
 
 from . import operations
-from .graph_walk import Step, nodes
+from .bodies import nodes
+from .graph_walk import Step
 from .rewrite_context import Rewrite
 
 _DTYPES = {torch.float32, torch.bfloat16, torch.float16}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -15,10 +15,12 @@ from gws_compile.numerics.widths import parameter_shape
 from gws_compile.ops.sample_arguments import SampleArguments
 from gws_compile.torch_internals.distributed import local_example
 from gws_compile.torch_internals.fake_tensors import fake_like
-from gws_compile.torch_internals.graphs import add_placeholder, example_value
+from gws_compile.torch_internals.graphs import add_placeholder, example_value, set_gradients
 
 from . import operations
-from .graph_walk import Place, Step, placeholders_of
+from .bodies import placeholders_of
+from .gradient_modes import gradient_modes
+from .graph_walk import GRADIENTS, READS, End, Place, Step
 from .input_layout import InputLayout, LearnedInput
 from .rewrite_context import Rewrite, Sample
 from .weights import Weight
@@ -44,8 +46,10 @@ def insert_samples(rewrite: Rewrite, *, config: Config) -> None:
         linear(x, from_local_like(sample_weight, weight), bias)
 
     One sample serves all reads of a weight in a graph; a read inside an activation checkpoint is sampled in the
-    checkpoint's body, which is computed again in backward and so keeps nothing. Frozen weights, and all weights while
-    gradients are disabled, are cast without noise. Other uses of the weight keep reading the weight itself.
+    checkpoint's body, which is computed again in backward and so keeps nothing. Frozen weights are cast without noise,
+    and so is what the reads take through which no gradient flows: a weight with reads of both kinds has two samples,
+    each inserted where its reads stand, as what is made under ``no_grad`` has no gradient. Other uses of the weight
+    keep reading the weight itself.
 
     With learned widths their parameters are inputs too, also of graphs without noise, whose cast depends on them.
 
@@ -58,29 +62,32 @@ def insert_samples(rewrite: Rewrite, *, config: Config) -> None:
     """
     noisy = [weight for weight in rewrite.selected if weight.noisy]
     learned = [weight for weight in rewrite.selected if config.learned is not None and weight.trainable]
+    inserter = _Inserter(rewrite, config)
     keys, clocks = _add_keys(rewrite.module, noisy)
     widths = {weight.position: _add_widths(rewrite.module, weight, i, config) for i, weight in enumerate(learned)}
-    inserter = _Inserter(rewrite, config)
     for weight in rewrite.selected:
         clock = clocks[weight.device] if weight.noisy else None
         inputs = _Inputs(keys.get(weight.position), clock, widths.get(weight.position))
         inserter.insert(weight, weight.place, inputs)
+    inserter.drop_unused()
     rewrite.layout = _layout(rewrite, noisy, learned, config)
 
 
 def without_samples(rewrite: Rewrite) -> None:
     """Have every weight stand as one that is left alone, where the pass is left out."""
     for weight in rewrite.selected:
-        weight.reason, weight.noisy = _LEFT_OUT, False
+        weight.reason = _LEFT_OUT
+        for read in weight.reads:
+            read.noisy = False
 
 
 def _layout(rewrite: Rewrite, noisy: list[Weight], learned: list[Weight], config: Config) -> InputLayout:
     by_device = {device: [w for w in noisy if w.device == device] for device in dict.fromkeys(w.device for w in noisy)}
-    trains = config.noise != "none" and rewrite.gradients
+    trained = [w for w in rewrite.selected if w.gradients and config.noise != "none"]
     return InputLayout(
         positions={device: tuple(w.position for w in weights) for device, weights in by_device.items()},
         names={device: tuple(w.name for w in weights) for device, weights in by_device.items()},
-        trainable=tuple((w.position, w.name, w.trainable) for w in rewrite.selected) if trains else (),
+        trainable=tuple((w.position, w.name, w.trainable) for w in trained),
         learned=tuple(LearnedInput(w.position, w.name, w.reads[0].batch_dims, w.shard) for w in learned),
     )
 
@@ -107,7 +114,7 @@ def _add_widths(gm: fx.GraphModule, weight: Weight, number: int, config: Config)
     assert config.learned is not None
     local = weight.shape if weight.shard is None else weight.shard.local
     shape = parameter_shape(*matrix_shape(local, weight.reads[0].batch_dims), config.block, config.learned.granularity)
-    parameter = torch.ones(shape, device=weight.device, requires_grad=True)
+    parameter = torch.ones(shape, dtype=torch.float32, device=weight.device, requires_grad=True)
     return add_placeholder(gm.graph, f"gws_bits_{number}", fake_like(parameter, example_value(weight.node)))
 
 
@@ -118,6 +125,10 @@ class _Inputs:
     key: fx.Node | None
     clock: fx.Node | None
     widths: fx.Node | None
+
+    def without_noise(self) -> _Inputs:
+        """Those of the cast alone."""
+        return replace(self, key=None, clock=None)
 
 
 class _Transforms:
@@ -157,33 +168,57 @@ class _Inserter:
         self._rewrite = rewrite
         self._config = config
         self._transforms = _Transforms()
-        # Views that also serve other uses -> the copies that serve reads; a view may hold several weights.
-        self._copies: dict[fx.Node, fx.Node] = {}
+        self._modes = gradient_modes(rewrite.module, rewrite.gradients)
+        # Views that serve uses of several kinds -> for each kind of reads the copy that serves it; a view may hold
+        # several weights.
+        self._copies: dict[tuple[fx.Node, End], fx.Node] = {}
 
     def insert(self, weight: Weight, place: Place, inputs: _Inputs) -> None:
         """Sample the weight at a place where it stands, for all of its reads there."""
-        steps = [step for step in place.steps if step.leads_to_read]
-        for step in steps:
-            if step.kind == "body":
+        for step in place.steps:
+            if step.kind == "body" and step.leads_to_read:
                 self._insert_in_body(weight, place, step, inputs)
-        steps = [step for step in steps if step.kind != "body"]
-        if not steps:
+        if not weight.trainable:  # nothing gets a gradient: one sample is as good as another
+            self._insert_for(weight, place, READS, inputs)
             return
-        first = min(self._copies.get(step.node, step.node) for step in steps)
-        sampled, used = self._sample(weight, place, first, inputs)
-        served = tuple(self._redirect(place.module, step, place.node, used) for step in steps)
-        self._rewrite.samples.append(Sample(weight, place.module, sampled, served))
+        self._insert_for(weight, place, GRADIENTS, inputs)
+        self._insert_for(weight, place, READS - GRADIENTS, inputs.without_noise())
+
+    def drop_unused(self) -> None:
+        """Take out the views that have been copied for all of their uses."""
+        for view in sorted({view for view, _ in self._copies}, reverse=True):
+            if not view.users:
+                view.graph.erase_node(view)
 
     def _insert_in_body(self, weight: Weight, place: Place, step: Step, inputs: _Inputs) -> None:
+        if step.ends.isdisjoint(GRADIENTS):
+            inputs = inputs.without_noise()
         body = step.places[0].module
         inside = _Inputs(*(_as_operand(body, step.node, given) for given in (inputs.key, inputs.clock, inputs.widths)))
         for onward in step.places:
             self.insert(weight, onward, inside)
 
-    def _sample(self, weight: Weight, place: Place, first: fx.Node, inputs: _Inputs) -> tuple[fx.Node, fx.Node]:
+    def _insert_for(self, weight: Weight, place: Place, wanted: frozenset[End], inputs: _Inputs) -> None:
+        steps = [step for step in place.steps if step.kind != "body" and not step.ends.isdisjoint(wanted)]
+        if not steps:
+            return
+        recorded = weight.trainable and any("recorded" in step.ends & wanted for step in steps)
+        first = min(step.node for step in steps)
+        sampled, used = self._sample(weight, place, first, inputs, recorded=recorded)
+        served = tuple(one for step in steps for one in self._redirect(place.module, step, place.node, used, wanted))
+        self._rewrite.samples.append(Sample(weight, place.module, sampled, served))
+
+    def _sample(
+        self, weight: Weight, place: Place, first: fx.Node, inputs: _Inputs, *, recorded: bool
+    ) -> tuple[fx.Node, fx.Node]:
         """The sample's node, in front of ``first``, and the node that its reads take: another one for a DTensor."""
         node, graph, shard = place.node, place.module.graph, weight.shard
-        with graph.inserting_before(self._transforms.outside(graph, first)):
+        where = self._transforms.outside(graph, first)
+        # Reads that vmap runs with gradients, itself standing under no_grad.
+        switched = recorded and not self._modes[where].enabled
+        with graph.inserting_before(where):
+            if switched:
+                set_gradients(graph, True)
             held = node if shard is None else graph.call_method("to_local", (node,))
             sampled = graph.create_node(
                 "call_function",
@@ -192,6 +227,8 @@ class _Inserter:
                 name="sample_weight",
             )
             used = sampled if shard is None else graph.call_function(from_local_like, (sampled, node))
+            if switched:
+                set_gradients(graph, False)
         value = example_value(node)
         local = value if shard is None else local_example(value)
         for made, example in ((held, local), (sampled, local), (used, value)):
@@ -221,26 +258,55 @@ class _Inserter:
             keep=config.backward == "save",
         )
 
-    def _redirect(self, module: fx.GraphModule, step: Step, old: fx.Node, new: fx.Node) -> Step:
-        """Have a use take ``new`` for ``old``; where it also serves other uses, a copy of it does.
+    def _redirect(
+        self, module: fx.GraphModule, step: Step, old: fx.Node, new: fx.Node, wanted: frozenset[End]
+    ) -> list[Step]:
+        """Have a use take ``new`` for ``old`` as far as it ends as is wanted; where it also serves others, a copy does.
 
         Returns:
-            The use of ``new``.
+            The uses of ``new``.
         """
-        if step.leads_only_to_reads:
+        copied = any((step.node, end) in self._copies for end in READS)
+        # What a transform differentiates by is one value: everything inside is to see the same.
+        whole = step.ends <= wanted or operations.is_differentiated_by(step.node)
+        if not step.places or (whole and not copied):
             step.node.replace_input_with(old, new)
-            return step
+            return [step]
+        if step.kind == "body":
+            return [self._redirect_in_body(step, new, wanted)]
         (view,) = step.places
-        copied = self._copies.get(step.node)
+        return [self._redirect_copy(module, step, view, old, new, end) for end in sorted(step.ends & wanted)]
+
+    def _redirect_copy(
+        self, module: fx.GraphModule, step: Step, view: Place, old: fx.Node, new: fx.Node, end: End
+    ) -> Step:
+        copied = self._copies.get((step.node, end))
         if copied is not None:  # made for another weight in the same view
             copied.replace_input_with(old, new)
         else:
             with module.graph.inserting_after(step.node):
                 copied = module.graph.node_copy(step.node, lambda node: new if node is old else node)
-            self._copies[step.node] = copied
-        further = (one for one in view.steps if one.leads_to_read)
-        served = tuple(self._redirect(module, one, step.node, copied) for one in further)
-        return Step(copied, "view", (Place(module, copied, served),))
+            self._copies[step.node, end] = copied
+        served = self._redirect_further(step, view, copied, frozenset((end,)))
+        return Step(copied, step.kind, (Place(module, copied, served),), step.mode)
+
+    def _redirect_in_body(self, step: Step, new: fx.Node, wanted: frozenset[End]) -> Step:
+        """Hand ``new`` to a checkpoint's body, as a further operand, for some of the uses inside."""
+        places = []
+        for place in step.places:
+            inside = _as_operand(place.module, step.node, new)
+            assert inside is not None
+            places.append(Place(place.module, inside, self._redirect_further(step, place, inside, wanted)))
+        return Step(step.node, "body", tuple(places), step.mode)
+
+    def _redirect_further(self, step: Step, place: Place, new: fx.Node, wanted: frozenset[End]) -> tuple[Step, ...]:
+        """The same for the uses of what a use has made, as far as they end as is wanted of this one."""
+        served: list[Step] = []
+        for onward in place.steps:
+            ends = frozenset(end for end in onward.ends if step.end_of(end) in wanted)
+            if ends:
+                served += self._redirect(place.module, onward, place.node, new, ends)
+        return tuple(served)
 
 
 def _as_operand(body: fx.GraphModule, node: fx.Node, given: fx.Node | None) -> fx.Node | None:

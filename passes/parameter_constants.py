@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from torch import fx
 
+from gws_compile.source_names import is_buffer, is_parameter
 from gws_compile.torch_internals.graphs import placeholder_source
-from gws_compile.weight_names import is_parameter_source
 
 from . import operations
-from .graph_walk import body_of, nodes, placeholders_of
+from .bodies import body_of, nodes, placeholders_of
 
 
 def parameters_alone(gm: fx.GraphModule) -> set[fx.Node]:
@@ -20,7 +20,7 @@ def parameters_alone(gm: fx.GraphModule) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in gm.graph.find_nodes(op="placeholder"):
         source = placeholder_source(node) or ""
-        if is_parameter_source(source) or "_buffers[" in source:
+        if is_parameter(source) or is_buffer(source):
             found.add(node)
     for module, node in nodes(gm):
         body = body_of(module, node)
@@ -34,7 +34,11 @@ def parameters_alone(gm: fx.GraphModule) -> set[fx.Node]:
 
 
 def reader_of(gm: fx.GraphModule, start: fx.Node, constants: set[fx.Node], *, anywhere: bool) -> str:
-    """The operation that reads what ``start`` computes of parameters alone and multiplies an activation by it.
+    """The operation that reads, as its weight, what ``start`` computes, and multiplies an activation by it.
+
+    What is computed of parameters alone is followed through everything, what is computed with activations only from
+    element to element, and to operations in which the weight has a place of its own: a layer's activations are made of
+    parameters too.
 
     Args:
         gm: the graph, or checkpoint body, in which ``start`` stands.
@@ -50,7 +54,8 @@ def reader_of(gm: fx.GraphModule, start: fx.Node, constants: set[fx.Node], *, an
     pending = [(gm, start)]
     while pending:
         module, value = pending.pop()
-        if value in seen or value not in constants:
+        alone = value in constants
+        if value in seen or not (alone or value.op == "placeholder" or operations.is_computing(value)):
             continue
         seen.add(value)
         for user in value.users:
@@ -58,6 +63,8 @@ def reader_of(gm: fx.GraphModule, start: fx.Node, constants: set[fx.Node], *, an
             name = operations.name_of(user)
             if body is not None:
                 pending += [(body, placeholder) for placeholder in placeholders_of(body, user, value)]
+            elif name in operations.PRODUCTS and not alone:
+                continue
             elif operations.is_read(user, value) and (name not in operations.PRODUCTS or user not in constants):
                 if anywhere or operations.is_weight_of(user, value):
                     return name

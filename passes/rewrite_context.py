@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from .graph_walk import Step, copy_with_bodies
+from .bodies import copy_with_bodies
+from .graph_walk import Step
 from .input_layout import InputLayout
 from .weights import Weight
 

@@ -15,7 +15,7 @@ from torch import fx
 from gws_compile.torch_internals.dynamo import trace_artifact
 from gws_compile.warning import GwsWarning
 
-from .graph_walk import graphs
+from .bodies import graphs
 from .rewrite_context import PassRun, Rewrite
 
 SKIP_VARIABLE = "GWS_SKIP_PASSES"

@@ -13,10 +13,10 @@ from .weights import Use, Weight
 
 
 def select_weights(rewrite: Rewrite, *, config: Config) -> None:
-    """Set `Weight.reason` on every weight that is to be left alone, and `Weight.noisy` on the others.
+    """Set `Weight.reason` on every weight that is to be left alone, and `Read.noisy` on the reads of the others.
 
-    Noise is for weights that are trained: frozen ones, and all of a graph that is traced with gradients disabled, get
-    the cast alone.
+    Noise is for reads by which a weight is trained: frozen weights get the cast alone, and so does a read through which
+    no gradient flows to its weight.
 
     Requires the weights of `find_reads`; the graph is not changed.
 
@@ -28,9 +28,10 @@ def select_weights(rewrite: Rewrite, *, config: Config) -> None:
         ValueError: a rank's shard of a weight does not consist of whole blocks.
     """
     for weight in rewrite.weights:
-        weight.reason = _reason(weight, config) or weight.reason
+        weight.reason, weight.may_be_read = _judge(weight, config)
     for weight in rewrite.selected:
-        weight.noisy = config.noise != "none" and weight.trainable and rewrite.gradients
+        for read in weight.reads:
+            read.noisy = config.noise != "none" and weight.trainable and read.gradients
         if weight.shard is not None:
             _check_shard(weight, weight.shard, config)
 
@@ -46,50 +47,91 @@ def _check_shard(weight: Weight, shard: ShardRange, config: Config) -> None:
         )
 
 
-def _reason(weight: Weight, config: Config) -> str | None:
-    if not weight.reads:
-        return _unread(weight)
-    if weight.written:
-        return "written in place inside the graph"
-    included = config.include is not None and first_match(weight.name, config.include)
-    if config.include is not None and not included:
-        return f"no include pattern matches ({', '.join(config.include)})"
-    pattern = first_match(weight.name, config.exclude)
-    if pattern is not None:
-        return f"matches the exclude pattern {pattern!r}"
-    if weight.embedded and not included:
-        return "also an embedding table (tied); name it in include to rewrite its matrix products"
-    if weight.dtype not in DTYPES:
-        return f"{str(weight.dtype).removeprefix('torch.')} weights are not sampled"
-    if any(n == 0 for n in weight.shape):
-        return "empty"
-    if weight.shard is not None and 0 in weight.shard.local:
-        return "no part of it lies on this rank"
-    if _elements(weight) > MAX_ELEMENTS:
-        return f"more than {MAX_ELEMENTS} elements: its noise would repeat"
-    return _computed(weight)
+def _judge(weight: Weight, config: Config) -> tuple[str | None, bool]:
+    """Why a weight is left alone, and whether the graph may multiply by it all the same."""
+    untouched = _untouched(weight)
+    if untouched is not None:
+        return untouched, False
+    unwanted = _unwanted(weight, config)
+    if unwanted is not None:
+        return unwanted, False
+    reason = _in_the_way(weight)
+    return reason, reason is not None
 
 
-def _computed(weight: Weight) -> str | None:
-    for use in weight.other_uses:
-        if use.computes_for:
-            return f"computed with before {use.computes_for} reads it: {use.op}{_at(use)}"
-    return None
-
-
-def _at(use: Use) -> str:
-    return f" at {use.location}" if use.location else ""
-
-
-def _unread(weight: Weight) -> str:
+def _untouched(weight: Weight) -> str | None:
+    """Why nothing multiplies by a weight, where that is certain."""
+    if weight.reads or any(use.kind != "plain" for use in weight.other_uses) or _computed(weight):
+        return None
     if weight.embedded:
         return "embedding look-up"
     if weight.written:
         return "written in place inside the graph"
     if not weight.other_uses:
         return "not used in the graph"
-    if computed := _computed(weight):
-        return computed
+    if weight.reason is not None:  # of its class, whose operations may do anything
+        return None
+    uses = ", ".join(dict.fromkeys(map(str, weight.other_uses)))
+    return f"no matrix product or convolution reads it, only: {uses}"
+
+
+def reason_of_name(name: str, config: Config) -> str | None:
+    """Why a weight is left alone whose name ``include`` and ``exclude`` say so of; None for one that they let be.
+
+    Args:
+        name: the weight's.
+        config: the settings.
+    """
+    if config.include is not None and not first_match(name, config.include):
+        return f"no include pattern matches ({', '.join(config.include)})"
+    pattern = first_match(name, config.exclude)
+    return None if pattern is None else f"matches the exclude pattern {pattern!r}"
+
+
+def _unwanted(weight: Weight, config: Config) -> str | None:
+    """Why a weight is left alone by its name or its nature, with no loss."""
+    named = reason_of_name(weight.name, config)
+    if named is not None:
+        return named
+    included = config.include is not None
+    if weight.embedded and not included:
+        return "also an embedding table (tied); name it in include to rewrite its matrix products"
+    if any(n == 0 for n in weight.shape):
+        return "empty"
+    if weight.shard is not None and 0 in weight.shard.local:
+        return "no part of it lies on this rank"
+    return None
+
+
+def _in_the_way(weight: Weight) -> str | None:
+    """Why a weight cannot be sampled that is, or may be, multiplied by."""
+    if weight.written:
+        return "written in place inside the graph"
+    if weight.reason is not None:
+        return weight.reason
+    for use in weight.other_uses:
+        if use.kind == "storage":
+            return f"{use.op}{_at(use)} looks at how it lies in memory, where a sample lies in another way"
+    if not weight.reads:
+        return _computed(weight) or _unseen(weight)
+    if weight.dtype not in DTYPES:
+        return f"{str(weight.dtype).removeprefix('torch.')} weights are not sampled"
+    if _elements(weight) > MAX_ELEMENTS:
+        return f"more than {MAX_ELEMENTS} elements: its noise would repeat"
+    return _computed(weight)
+
+
+def _computed(weight: Weight) -> str | None:
+    if not weight.reads and _elements(weight) == 1:  # a gain is a number
+        return None
+    for use in weight.other_uses:
+        if use.computes_for:
+            return f"computed with before {use.computes_for} reads it: {use.op}{_at(use)}"
+    return None
+
+
+def _unseen(weight: Weight) -> str | None:
+    """What uses a weight that is not looked into, or not known."""
     for use in weight.other_uses:
         if use.kind == "nested":
             return f"inside {use.op}{_at(use)}, a higher-order operator whose body is not rewritten"
@@ -98,8 +140,11 @@ def _unread(weight: Weight) -> str:
                 f"used by {use.op}{_at(use)}, which gws_compile does not know: please report it with this line; if it "
                 "multiplies by the weight, it belongs into READS in gws_compile/passes/operations.py, else into OTHERS"
             )
-    uses = ", ".join(dict.fromkeys(use.op for use in weight.other_uses))
-    return f"no matrix product or convolution reads it, only: {uses}"
+    return None
+
+
+def _at(use: Use) -> str:
+    return f" at {use.location}" if use.location else ""
 
 
 def _elements(weight: Weight) -> int:

@@ -14,9 +14,6 @@ from .graph_walk import Place
 
 _META = "gws_weights"
 
-MATRIX_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes of the parameters that are listed; `gws_compile.ops.sample_weight.DTYPES` are those that can be sampled."""
-
 
 @dataclass
 class Read:
@@ -27,12 +24,17 @@ class Read:
         op: its name, such as ``linear``.
         batch_dims: leading dims of the weight that count matrices; see `gws_compile.numerics.blocks.matrix_shape`.
         location: ``file:line`` of the user's code, empty where Dynamo recorded none.
+        gradients: whether gradients flow through it to the weight: they are enabled all along the way from the weight,
+            and there is no ``detach`` on it.
+        noisy: whether it gets noise, not the cast alone; of `select_weights`.
     """
 
     node: fx.Node
     op: str
     batch_dims: int
     location: str
+    gradients: bool = True
+    noisy: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,23 +45,30 @@ class Use:
         op: the operation's name.
         location: as `Read.location`.
         kind: ``"plain"`` for an operation that is known to multiply by no weight, ``"nested"`` for a higher-order
-            operator, ``"unknown"`` for one that the passes do not know.
-        computes_for: the operation that reads, as its weight, what this one makes of parameters alone; empty if none.
+            operator, ``"storage"`` for one that looks at how the weight lies in memory, ``"unknown"`` for one that the
+            passes do not know.
+        computes_for: the operation that reads, as its weight, what this one makes of the weight; empty if none.
+        operand: of an operation that reads weights, as what it takes this one, such as ``input``; else empty.
     """
 
     op: str
     location: str
-    kind: Literal["plain", "nested", "unknown"]
+    kind: Literal["plain", "nested", "storage", "unknown"]
     computes_for: str = ""
+    operand: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.op}, as its {self.operand}" if self.operand else self.op
 
 
 @dataclass
 class Weight:
-    """A floating-point parameter of two or more dims, as one graph sees it.
+    """A floating-point or complex parameter of two or more dims, as one graph sees it.
 
     Attributes:
         place: its placeholder in the outer graph, with the way of its value to everything that uses it.
         position: index of that placeholder among the graph's inputs.
+        source: where Dynamo has read it from, such as ``L['self']._modules['fc']._parameters['weight']``.
         name: qualified name relative to the compiled module.
         shape, dtype, device, trainable: of the parameter; ``trainable`` is its ``requires_grad``.
         shard: the part that this rank holds, where the parameter is a DTensor.
@@ -68,11 +77,14 @@ class Weight:
         written: it is written in place.
         other_uses: what uses it otherwise.
         reason: why it is left alone; None while it is to be rewritten.
-        noisy: whether it gets noise in this graph, not the cast alone.
+        may_be_read: whether it is left alone although the graph multiplies by it, or may do so: a custom operator or a
+            higher-order one uses it, it is computed with before a read, or its dtype, class or place in memory is in
+            the way. Not where a setting says so, nor for a table or any other weight that nothing multiplies by.
     """
 
     place: Place
     position: int
+    source: str
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -84,12 +96,22 @@ class Weight:
     written: bool = False
     other_uses: list[Use] = field(default_factory=list)
     reason: str | None = None
-    noisy: bool = False
+    may_be_read: bool = False
 
     @property
     def node(self) -> fx.Node:
         """Its placeholder."""
         return self.place.node
+
+    @property
+    def noisy(self) -> bool:
+        """Whether a read of it gets noise in this graph; others may get the cast alone all the same."""
+        return any(read.noisy for read in self.reads)
+
+    @property
+    def gradients(self) -> bool:
+        """Whether gradients flow to it through a read."""
+        return any(read.gradients for read in self.reads)
 
 
 def keep_weights(gm: fx.GraphModule, weights: list[Weight]) -> None:

@@ -4,6 +4,11 @@ import os
 import pytest
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: OpenMP threads that wait for threads without a core make everything several times slower.
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
@@ -30,8 +35,13 @@ def own_settings():
 
 
 @pytest.fixture
-def fresh():
-    """No backends of earlier tests, which would follow the optimizers of this one; nothing compiled; the same seed."""
-    gc.collect()
+def reset():
+    """Nothing compiled; the same seed."""
     torch._dynamo.reset()
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh(reset):
+    """No backends of earlier tests either, which would follow the optimizers of this one."""
+    gc.collect()

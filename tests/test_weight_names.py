@@ -8,7 +8,6 @@ from gws_compile.weight_names import (
     stage_prefix,
     stage_prefix_of,
     without_number,
-    without_stage,
 )
 
 
@@ -30,5 +29,4 @@ def test_numbers():
 )
 def test_stages(name, prefix, rest):
     assert stage_prefix_of(name) == prefix
-    assert without_stage(name) == rest
     assert stage_prefix_of(f"{stage_prefix(3)}{rest}") == "stage3."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,13 +22,14 @@ from ..report.report import Report
 from ..runtime.binding import Bindings
 from ..runtime.clock import Clock
 from ..runtime.optimizer_hooks import after_each_step
-from ..runtime.sampled_weights import SampledWeights
 from ..runtime.weight_registry import WeightRegistry
-from ..torch_internals.compilers import is_given_to_compile
-from .compiled_graph import compile_rewritten
-from .diagnostics import Diagnostics
+from ..runtime.weight_slots import Slot, WeightSlots
+from ..torch_internals.compilers import compiled_modules, untraced_of
+from .compiled_graph import GraphCompiler
+from .diagnostics import Diagnostics, GivenModules
 from .reporting import Reporting
 from .rewriting import Rewriting
+from .saved_state import DRAWS, SavedState
 from .tracer import trainable_weights
 
 
@@ -45,14 +47,14 @@ class Backend:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self._slots = WeightSlots()
         self._registry = WeightRegistry()
-        self._sampled = SampledWeights(self._registry)
         self._clock = Clock()
-        this = weakref.ref(self)
-        self._diagnostics = Diagnostics(config, self._registry, lambda: is_given_to_compile(this()))
+        self._diagnostics = Diagnostics(config, self._slots, partial(_given_to, weakref.ref(self)))
         self._rewriting = Rewriting(config, self._diagnostics)
         self._learned = None if config.learned is None else LearnedWidths(config.learned, config.block)
-        self._reporting = Reporting(config, self._rewriting, self._registry, self._sampled, self._clock, self._learned)
+        self._reporting = Reporting(config, self._rewriting, self._slots, self._clock, self._learned)
+        self._compiler = GraphCompiler(config, self._rewriting, self._find_bindings(), self._clock, self._diagnostics)
         if config.resample == "step":
             after_each_step(self._clock, Clock.optimizer_stepped)
         after_each_step(self._diagnostics, Diagnostics.optimizer_stepped)
@@ -92,35 +94,34 @@ class Backend:
                 f"mode={mode!r} and options={options!r} are Inductor's, but inner is {self.config.inner!r}"
             )
         rewritten, _ = self._rewriting(gm, example_inputs)
-        return compile_rewritten(
-            rewritten,
-            example_inputs,
-            self._bindings_of,
-            self._clock,
-            self._diagnostics,
-            self.config,
-            mode=mode,
-            options=options,
-        )
+        return self._compiler(gm, rewritten, example_inputs, mode=mode, options=options)
 
-    def _bindings_of(self, rewritten: Rewrite) -> Bindings:
-        widths = None
-        if self._learned is not None:
-            widths = WidthFinder(self._learned.parameters, self._registry, rewritten.layout.learned)
-        return Bindings(
-            rewritten.layout,
-            rewritten.selected,
-            seed=self.config.seed,
-            registry=self._registry,
-            sampled=self._sampled,
-            find_widths=widths,
-        )
+    def _find_bindings(self) -> Callable[[Rewrite], Bindings]:
+        """Makes what looks up a graph's further inputs; it has no reference to the backend."""
+        seed, slots, registry = self.config.seed, self._slots, self._registry
+        rewriting, parameters = self._rewriting, None if self._learned is None else self._learned.parameters
+
+        def bindings_of(rewritten: Rewrite) -> Bindings:
+            learned = rewritten.layout.learned
+            return Bindings(
+                rewritten.layout,
+                rewritten.weights,
+                seed=seed,
+                slots=slots,
+                registry=registry,
+                find_widths=None if parameters is None else WidthFinder(parameters, registry, learned),
+                form_of=partial(rewriting.form_of, rewritten.weights),
+            )
+
+        return bindings_of
 
     def report(self) -> Report:
         """Every weight seen so far, rewritten or why not, and the graphs; `Report.to_html` makes a page of it.
 
         Behind the weights of the graphs come those of the models in training that no graph has.
         """
+        for module in compiled_modules(self):
+            self._slots.add_root(module)
         return self._reporting.report()
 
     def metrics(self) -> Metrics:
@@ -134,6 +135,16 @@ class Backend:
         the metrics of the whole weights.
         """
         return self._reporting.metrics()
+
+    @property
+    def draw(self) -> int:
+        """Number of the draw that the next training forward sees, if no optimizer steps before it."""
+        return (self._clock.step + self._clock.pending) % DRAWS
+
+    def slots_of(self, weights: Sequence[torch.Tensor]) -> list[Slot | None]:
+        """What is known of Parameters; None for one that is in no model seen so far."""
+        known = {id(slot.tensor()): slot for slot in self._slots}
+        return [known.get(id(weight)) for weight in weights]
 
     def step(self) -> None:
         """Draw new noise from the next training forward on.
@@ -167,8 +178,8 @@ class Backend:
             **kwargs: of its keyword arguments.
         """
         if self._learned is not None:
-            for name, weight, batch_dims in trainable_weights(model, args, kwargs, self.config):
-                self._learned.parameters.prepare(weight, name, batch_dims, used=self._registry.name(weight))
+            for weight, slot, batch_dims in trainable_weights(model, args, kwargs, self.config, self._slots):
+                self._learned.parameters.prepare(weight, slot, batch_dims)
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """The backend's own trainable parameters, those of learned bit widths: a weight's name and ``.bits``.
@@ -216,7 +227,7 @@ class Backend:
         Raises:
             RuntimeError: no weight is known yet.
         """
-        return torch.zeros(()) if self._learned is None else self._learned.loss(weighting)
+        return torch.zeros((), dtype=torch.float32) if self._learned is None else self._learned.loss(weighting)
 
     def freeze_bits(self, *, per_weight: bool = False) -> None:
         """Round the learned widths up to what their formats stand for, and train on at these widths.
@@ -248,7 +259,7 @@ class Backend:
         state = {
             "seed": self.config.seed,
             "fmt": self.config.fmt.spec,
-            "step": self._clock.step + self._clock.pending,
+            "step": self.draw,
             "weights": [[name, list(shape)] for name, shape in self._registry.shapes().items()],
         }
         return state if self._learned is None else {**state, **self._learned.state_dict()}
@@ -256,21 +267,27 @@ class Backend:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`, before the first forward or later.
 
+        All or nothing: a state that is refused, or whose warning is made an error, leaves the backend as it was.
+
+        Args:
+            state: its ``"step"`` is an int in 0 .. 2**32 - 1. Keys that this backend has no use for are ignored, such
+                as learned widths where its own are fixed.
+
         Raises:
             ValueError: the state is of another seed or format, or of a model whose weights have other shapes; where the
-                weights are not known yet, the last is raised by the first forward.
+                weights are not known yet, the last is raised by the first forward. Or something in it is of the wrong
+                kind, shape or range, or not finite.
         """
-        expected = self.state_dict()
-        if missing := expected.keys() - state.keys():
-            raise ValueError(f"not a state of gws_compile: {', '.join(sorted(missing))} missing, got {sorted(state)}")
-        for key in ("seed", "fmt"):
-            if state[key] != expected[key]:
-                raise ValueError(f"the state was saved with {key}={state[key]!r}, this backend has {expected[key]!r}")
-        if self._learned is not None:
-            self._learned.load_state_dict(state, [name for name, _ in state["weights"]])
-            self._clock.frozen = self._learned.parameters.frozen
-        self._registry.expect({name: tuple(shape) for name, shape in state["weights"]})
-        self._clock.resume(int(state["step"]))
+        saved = SavedState.read(state, self.config)
+        if self._learned is not None and saved.widths is not None:
+            self._learned.parameters.check_shapes(saved.widths.bits)
+        self._registry.check_shapes(saved.shapes)
+        # Everything has been checked: from here on nothing fails.
+        if self._learned is not None and saved.widths is not None:
+            self._learned.restore(saved.widths.bits, frozen=saved.widths.frozen, steering=saved.widths.steering)
+            self._clock.frozen = saved.widths.frozen
+        self._registry.expect(saved.shapes)
+        self._clock.resume(saved.step)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
         """The backend itself: a deep copy of a compiled model shares it, and its weights get keys of their own."""
@@ -282,6 +299,13 @@ class Backend:
 
     def __repr__(self) -> str:
         return f"<gws_compile backend: {self.config.fmt}, {self.config.noise}, {len(self.graphs)} graphs>"
+
+
+def _given_to(this: weakref.ref[Backend]) -> GivenModules:
+    """The modules that a backend was given to; it may have gone, and then there are none."""
+    backend = this()
+    compiled = compiled_modules(backend)
+    return GivenModules(compiled, untraced_of(compiled, backend))
 
 
 def _unpickle(cls: type[Backend], config: Config, state: dict[str, Any]) -> Backend:

@@ -2,60 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from ..config import Config, Inner
-from ..passes import InputLayout, Rewrite
-from ..runtime.binding import Bindings
-from ..runtime.clock import Clock
+from ..passes import Rewrite, reason_of_name
+from ..passes.bodies import copy_with_bodies
+from ..runtime.binding import Binding, Bindings
+from ..runtime.clock import Clock, DrawState
+from ..runtime.recomputation import Recomputations
 from ..torch_internals import compilers
 from ..torch_internals.autograd import inside_backward
 from ..torch_internals.fake_tensors import any_fake
 from ..torch_internals.graphs import example_value
+from ..torch_internals.recomputation import inside_function_forward, regions
 from .diagnostics import MANY_FORWARDS, Diagnostics
+from .rewriting import Rewriting
 
 Compiled = Callable[..., Any]
 
 
-def compile_rewritten(
-    rewritten: Rewrite,
-    example_inputs: Sequence[Any],
-    bindings_of: Callable[[Rewrite], Bindings],
-    clock: Clock,
-    diagnostics: Diagnostics,
-    config: Config,
-    *,
-    mode: str | None,
-    options: dict[str, Any] | None,
-) -> Compiled:
-    """Compile a rewritten graph.
+class GraphCompiler:
+    """Compiles the rewritten graphs of one backend.
 
     Args:
-        rewritten: what the passes made of Dynamo's graph.
-        example_inputs: the inputs of Dynamo's graph.
+        config: the inner compiler, and what draws noise.
+        rewriting: rewrites a graph again, in another form.
         bindings_of: makes what looks up a call's further inputs.
         clock: numbers the draws.
         diagnostics: is told of many forwards on one draw.
-        config: the inner compiler and ``resample``.
-        mode, options: for Inductor.
-
-    Returns:
-        A function of the inputs of Dynamo's graph.
     """
-    # Fake tensors of fixed shape: AOTAutograd gives real inputs without a source symbolic sizes.
-    added = rewritten.module.graph.find_nodes(op="placeholder")[len(example_inputs) :]
-    examples = [example_value(node) for node in added]
-    compiled = _compile(rewritten.module, [*example_inputs, *examples], config.inner, mode, options)
-    positions = [weight.position for weight in rewritten.weights if weight.reason is None]
-    if not positions:
-        return compiled  # nothing depends on the call
-    bindings = bindings_of(rewritten)
-    anew = config.resample == "forward"
-    return CompiledGraph(compiled, examples, positions, rewritten.layout, bindings, clock, diagnostics, anew=anew)
+
+    def __init__(
+        self,
+        config: Config,
+        rewriting: Rewriting,
+        bindings_of: Callable[[Rewrite], Bindings],
+        clock: Clock,
+        diagnostics: Diagnostics,
+    ) -> None:
+        self.config = config
+        self.rewriting = rewriting
+        self.bindings_of = bindings_of
+        self.clock = clock
+        self.diagnostics = diagnostics
+        self.recomputations = Recomputations()
+
+    def __call__(
+        self,
+        gm: fx.GraphModule,
+        rewritten: Rewrite,
+        example_inputs: Sequence[Any],
+        *,
+        mode: str | None,
+        options: dict[str, Any] | None,
+    ) -> Compiled:
+        """Compile a rewritten graph.
+
+        Args:
+            gm: Dynamo's graph.
+            rewritten: what the passes made of it.
+            example_inputs: its inputs.
+            mode, options: for Inductor.
+
+        Returns:
+            A function of the inputs of Dynamo's graph.
+        """
+
+        def compile(module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+            return _compile(module, inputs, self.config.inner, mode, options)
+
+        # Fake tensors of fixed shape: AOTAutograd gives real inputs without a source symbolic sizes.
+        added = rewritten.module.graph.find_nodes(op="placeholder")[len(example_inputs) :]
+        examples = [example_value(node) for node in added]
+        compiled = compile(rewritten.module, [*example_inputs, *examples])
+        forms = _Forms(gm, rewritten, self, compile)
+        return CompiledGraph(compiled, examples, rewritten, self, forms)
 
 
 def _compile(
@@ -71,56 +97,160 @@ def _compile(
     return compilers.named_compile(inner, gm, inputs)
 
 
-class CompiledGraph:
-    """The compiled graph with its keys, clock and widths: looked up by the Parameters that come in, at each call.
+class _Forms:
+    """Other forms of a graph, rewritten another way and compiled when they are needed.
 
-    Args:
-        compiled: takes the graph's inputs and those that `gws_compile.passes.InputLayout` adds.
-        examples: fake values of the added inputs.
-        positions: of the sampled weights among the inputs.
-        layout: the added inputs.
-        bindings: looks up their values.
-        clock: numbers the draws.
-        diagnostics: is told of many forwards on one draw.
-        anew: draw in every forward, instead of once for each optimizer step.
+    - The noisy form of a graph that was traced with gradients disabled. The forward of a re-entrant checkpoint, or of
+      any ``autograd.Function`` that calls the model again in backward, is called with gradients disabled, as evaluation
+      is, and Dynamo cannot tell the two apart. But it is training: it has to see what its second run sees.
+    - One for each way in which ``include`` and ``exclude`` choose among the weights of layers that share the graph.
     """
 
     def __init__(
         self,
-        compiled: Compiled,
-        examples: Sequence[Any],
-        positions: Sequence[int],
-        layout: InputLayout,
-        bindings: Bindings,
-        clock: Clock,
-        diagnostics: Diagnostics,
-        *,
-        anew: bool,
+        gm: fx.GraphModule,
+        rewritten: Rewrite,
+        compiler: GraphCompiler,
+        compile: Callable[[fx.GraphModule, Sequence[Any]], Compiled],
+    ) -> None:
+        self._gm = copy_with_bodies(gm)  # Dynamo's goes when it is compiled
+        self._weights = rewritten.weights
+        self._gradients = rewritten.gradients
+        self._compiler = compiler
+        self._compile = compile
+        self._made: dict[tuple[bool, tuple[str | None, ...]], CompiledGraph] = {}
+        self._lock = threading.RLock()
+
+    def named(self, names: Mapping[str, str]) -> CompiledGraph:
+        """The form for weights of these names, by source."""
+        return self._form(names, gradients=self._gradients)
+
+    def noisy(self) -> CompiledGraph:
+        """The form as if the graph was traced with gradients enabled."""
+        return self._form({weight.source: weight.name for weight in self._weights}, gradients=True)
+
+    def _form(self, names: Mapping[str, str], *, gradients: bool) -> CompiledGraph:
+        config = self._compiler.config
+        key = gradients, tuple(reason_of_name(names[weight.source], config) for weight in self._weights)
+        with self._lock:
+            if key not in self._made:
+                rewritten = self._compiler.rewriting.again(self._gm, self._weights, names, gradients=gradients)
+                # Through Dynamo again: the inputs may have other sizes than those of the first call.
+                compiled: Compiled = torch.compile(rewritten.module, backend=self._compile)
+                forms = _Forms(self._gm, rewritten, self._compiler, self._compile)
+                self._made[key] = CompiledGraph(compiled, [], rewritten, self._compiler, forms)
+            return self._made[key]
+
+
+class CompiledGraph:
+    """The compiled graph with its keys, clock and widths: looked up by the weights that come in, at each call.
+
+    Args:
+        compiled: takes the graph's inputs and those that `gws_compile.passes.InputLayout` adds.
+        examples: fake values of the added inputs.
+        rewritten: the graph.
+        compiler: has what all graphs of a backend share.
+        forms: its other forms.
+    """
+
+    def __init__(
+        self, compiled: Compiled, examples: Sequence[Any], rewritten: Rewrite, compiler: GraphCompiler, forms: _Forms
     ) -> None:
         self._compiled = compiled
         self._examples = examples
-        self._positions = positions
-        self._trainable = layout.trainable
-        self._bindings = bindings
-        self._clock = clock
-        self._diagnostics = diagnostics
-        self._anew = anew
+        self._positions = [weight.position for weight in rewritten.weights]
+        self._trainable = rewritten.layout.trainable
+        self._bindings = compiler.bindings_of(rewritten)
+        self._compiler = compiler
+        self._clock = compiler.clock
+        self._forms = forms
+        may_draw = compiler.config.noise != "none" and any(weight.trainable for weight in rewritten.selected)
+        self._may_be_noisy = may_draw and not rewritten.gradients
+        self._takes_nothing = not rewritten.selected
 
     def __call__(self, *args: Any) -> Any:
         """Call the compiled graph."""
-        weights = [args[i] for i in self._positions]
-        if any_fake(weights):
+        if any_fake([args[position] for position in self._positions]):
             # DDP's graph splitting runs the graph once on fake tensors, which are nobody's weights; and a clock made
             # now would be a fake tensor too.
             return self._compiled(*args, *self._examples)
-        repeated = inside_backward()
+        binding = self._bindings(args)
+        if binding.form is not None:
+            return self._forms.named(binding.form)(*args)
+        if self._may_be_noisy and (again := self._again(args)) is not None:
+            return again
+        if self._takes_nothing:
+            return self._compiled(*args)
         if self._trainable:
             self._check_trainable(args)
-            self._begin_forward(repeated)
-        binding = self._bindings(weights)
-        if self._trainable and not repeated and binding.count(self._clock.step) == MANY_FORWARDS:
-            self._diagnostics.forwards_without_step()
-        return self._compiled(*args, *binding.inputs(self._clock))
+        state = self._clock.state
+        if (binding.noisy or binding.reads) and inside_backward():
+            state = self._recall(binding)
+        elif binding.noisy or self._trainable:
+            state = self.begin(binding)
+        return self.call(args, binding, state)
+
+    def _again(self, args: Sequence[Any]) -> Any:
+        """The noisy form's result, where this call lies in a region that backward runs again; else None."""
+        found = list(regions())
+        if inside_backward():
+            if not found:
+                return None
+            noisy = self._forms.noisy()
+            binding = noisy.bindings(args)
+            state = self._compiler.recomputations.recall(binding)
+            return None if state is None else noisy.call(args, binding, state)
+        if any(region.differentiated for region in found):
+            noisy = self._forms.noisy()
+            binding = noisy.bindings(args)
+            return noisy.call(args, binding, noisy.begin(binding))
+        if inside_function_forward():
+            # Evaluation, or a forward whose backward runs it again: it is told that it has to see the cast alone.
+            noisy = self._forms.noisy()
+            self._compiler.recomputations.remember(noisy.bindings(args), self._clock.state.without_noise())
+        return None
+
+    def bindings(self, args: Sequence[Any]) -> Binding:
+        """What belongs to the weights among these inputs."""
+        return self._bindings(args)
+
+    def call(self, args: Sequence[Any], binding: Binding, state: DrawState) -> Any:
+        """Call the compiled graph with what belongs to its weights, and what it is to see of the clock."""
+        return self._compiled(*args, *binding.inputs(self._clock, state))
+
+    def begin(self, binding: Binding) -> DrawState:
+        """Begin a training forward.
+
+        Returns:
+            What it sees of the clock.
+        """
+        if self._compiler.config.resample == "forward":
+            self._clock.tick()
+        self._clock.begin_forward()
+        state = self._clock.state
+        self._compiler.recomputations.remember(binding, state)
+        if binding.count(state.step) == MANY_FORWARDS:
+            self._compiler.diagnostics.forwards_without_step()
+        return state
+
+    def _recall(self, binding: Binding) -> DrawState:
+        """What the forward saw that is run again inside backward."""
+        state = self._compiler.recomputations.recall(binding)
+        if state is not None:
+            return state
+        if not binding.noisy:
+            return self._clock.state
+        states = {slot.seen for slot in binding.noisy}
+        seen = states.pop() if len(states) == 1 else None
+        if seen is None or self._compiler.config.resample == "forward":
+            names = ", ".join(slot.known_as for slot in binding.noisy[:8])
+            raise RuntimeError(
+                f"a forward runs inside backward, with gradients, and it cannot be told which draw of {names} its "
+                "first run saw: its gradients would be those of another forward. A checkpoint, or autograd.Function, "
+                "that computes a region again has to call the compiled module in its forward too; or put it inside the "
+                "compiled region"
+            )
+        return seen
 
     def _check_trainable(self, args: Sequence[torch.Tensor]) -> None:
         for position, name, trainable in self._trainable:
@@ -131,16 +261,3 @@ class CompiledGraph:
                     f"{name} was {before} when its graph was compiled and is {now} now; torch {torch.__version__} does "
                     "not compile again by itself: call torch._dynamo.reset() after changing requires_grad"
                 )
-
-    def _begin_forward(self, repeated: bool) -> None:
-        """Begin a training forward; one that is ``repeated`` inside backward has to see the draw of its first run."""
-        if not repeated:
-            if self._anew:
-                self._clock.tick()
-            self._clock.begin_forward()
-        elif self._anew:
-            raise RuntimeError(
-                'resample="forward" draws new noise in every forward, but this one runs inside backward: activation '
-                "checkpointing around the compiled region would see other noise than the first run. Put the "
-                'checkpoint inside the compiled region, or use resample="step"'
-            )

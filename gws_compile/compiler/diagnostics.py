@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
 from ..config import DEFAULT_EXCLUDE, Config
 from ..numerics.scales import STORAGE
 from ..passes import Weight
-from ..report.untraced import untraced_parameters
-from ..runtime.weight_registry import WeightRegistry
+from ..report.untraced import is_table, is_untraced
+from ..runtime.sampled_weights import unique_names
+from ..runtime.weight_slots import Slot, WeightSlots
+from ..source_names import parameter_path
 from ..warning import GwsWarning
-from ..weight_names import ends_in, first_match, without_number, without_stage
+from ..weight_names import first_match
 
 MANY_FORWARDS = 128
 """Training forwards on one sample that are more than an accumulation of gradients."""
 
 MANY_STEPS = 50
 """Optimizer steps after which a backend that has compiled nothing is worth a word."""
+
+
+@dataclass(frozen=True)
+class GivenModules:
+    """The modules that a backend was given to.
+
+    Attributes:
+        compiled: all of them.
+        untraced: those of which torch traces nothing, whatever the backend.
+    """
+
+    compiled: Sequence[nn.Module] = ()
+    untraced: Sequence[nn.Module] = ()
 
 
 class Diagnostics:
@@ -29,20 +46,23 @@ class Diagnostics:
 
     Args:
         config: the settings.
-        registry: names the weights that draw noise.
-        is_given: whether the backend has been given to torch.compile, so that graphs are to be expected.
+        slots: the weights that graphs were called with, and those of their models.
+        find_given: finds the modules that the backend was given to, so that graphs are to be expected of them.
     """
 
-    def __init__(self, config: Config, registry: WeightRegistry, is_given: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self, config: Config, slots: WeightSlots, find_given: Callable[[], GivenModules] = GivenModules
+    ) -> None:
         self._config = config
-        self._registry = registry
-        # Weights of graphs that get no noise. Those that get some are in the registry once they were used.
-        self._seen: set[str] = set()
+        self._slots = slots
         self._graphs = 0
         self._any_parameters = False
-        self._is_given = is_given
+        self._find_given = find_given
+        self._any_given = False
+        self._untraced: list[weakref.ref[nn.Module]] = []
         self._steps = 0
         self._steps_since_given = 0
+        self._any_named = False
         self._covered = False
         self._effective: set[str] = set()
         self._any_rewritten = False
@@ -59,9 +79,9 @@ class Diagnostics:
             ValueError: under ``strict``, when no weight is rewritten or an included one is left alone.
         """
         config = self._config
+        self._check_names(weights)
         self._graphs += 1
         self._any_parameters |= has_parameters
-        self._seen.update(w.name for w in weights if not w.noisy)
         self._covered = False
         for pattern in config.include or ():
             self._check_include(pattern, weights)
@@ -84,30 +104,67 @@ class Diagnostics:
 
     def optimizer_stepped(self, optimizer: object) -> None:
         """Check, behind an optimizer step, that training goes through the compiled graphs at all."""
+        if self._steps % MANY_STEPS == 0 and (not self._steps or not self._any_parameters):
+            self._look_for_given_modules()  # among all objects: now and then
+        self._steps += 1
         if not self._any_parameters:
             self._count_step_without_parameters()
-        elif not self._covered:
-            self._covered = True
-            missing = list(dict.fromkeys(name for root in list(self._registry.roots) for name in self._missing(root)))
-            if missing:
-                names = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
-                message = (
-                    f"weights that are trained without noise, since no compiled graph has them: {names}. Part of the "
-                    "model runs eagerly: it is not compiled, or a graph break inside a loop makes torch leave the "
-                    "whole frame (TORCH_LOGS=graph_breaks shows it); compile that module by itself, or exclude them"
-                )
-                if self._config.strict and self._config.include is not None:
-                    raise ValueError(f"strict=True: {message}")
-                self._say(message)
+        if not self._covered:
+            self._covered = self._any_parameters
+            self._check_trained()
+
+    def _look_for_given_modules(self) -> None:
+        """Take in the models that the backend was given to, of which no graph need have come."""
+        given = self._find_given()
+        for module in given.compiled:
+            self._any_given = True
+            self._slots.add_root(module)
+        own = [module for module in given.untraced if any(True for _ in module.parameters())]
+        self._untraced = [weakref.ref(module) for module in own]
+        untraced = [type(module).__name__ for module in own]
+        if untraced:
+            self._say(
+                f"torch traces no frame of its own modules, and {_listed(list(dict.fromkeys(untraced)))} had "
+                "module.compile(backend=...) called on them: nothing of them is compiled, with any backend. Use "
+                "torch.compile(module, backend=...) in their place, or compile a module of your own around them"
+            )
+
+    def _check_trained(self) -> None:
+        """Say which weights have got a gradient without being sampled, where noise is what the user asked for."""
+        trained = [slot for slot in self._slots if self._is_trained_plain(slot)]
+        names = unique_names(trained)
+        said = [module() for module in self._untraced]
+        roots = {slot: None if slot.root is None else slot.root() for slot in trained}
+        unseen = [names[slot] for slot in trained if is_untraced(slot) and roots[slot] not in said]
+        if unseen:
+            self._refuse_or_say(
+                f"weights that are trained without noise, since no compiled graph has them: {_listed(unseen)}. Part of "
+                "the model runs eagerly: it is not compiled, or a graph break inside a loop makes torch leave the "
+                "whole frame (TORCH_LOGS=graph_breaks shows it); compile that module by itself, or exclude them"
+            )
+        left = [f"{names[slot]}: {reason}" for slot in trained if (reason := _why_left_alone(slot))]
+        self._any_named |= bool(unseen or left)
+        if left:
+            self._refuse_or_say(
+                "weights that are trained without noise, though a compiled graph may multiply by them: "
+                f"{_listed(left, '; ')}"
+            )
+
+    def _refuse_or_say(self, message: str) -> None:
+        if self._config.strict and self._config.include is not None:
+            raise ValueError(f"strict=True: {message}")
+        self._say(message)
+
+    def _is_trained_plain(self, slot: Slot) -> bool:
+        config = self._config
+        tensor = slot.tensor() if is_untraced(slot) or _why_left_alone(slot) else None
+        if tensor is None or tensor.grad is None or is_table(slot) or first_match(slot.path, config.exclude):
+            return False
+        return not config.include or first_match(slot.path, config.include) is not None
 
     def _count_step_without_parameters(self) -> None:
-        if self._steps_since_given:
+        if self._graphs or self._any_given:
             self._steps_since_given += 1
-        elif self._graphs or (
-            self._steps % MANY_STEPS == 0 and self._is_given()
-        ):  # a look at every object: now and then
-            self._steps_since_given = 1
-        self._steps += 1
         if self._steps_since_given == MANY_STEPS:
             self._say_nothing_trained()
 
@@ -118,27 +175,11 @@ class Diagnostics:
                 f"{backend} {self._graphs} graphs, none of which reads a parameter: no weight is trained with noise. "
                 "FullyShardedDataParallel (FSDP1) hands views of its own to the modules: use fully_shard (FSDP2)"
             )
-        else:
+        elif not self._any_named:  # of a model whose weights have been named, more is known
             self._say(
                 f"{backend} nothing: the model in training does not go through it. torch compiles no frame of its own "
                 "files: for an nn.Sequential use torch.compile(model, backend=...), not model.compile(backend=...)"
             )
-
-    def _missing(self, root: nn.Module) -> Iterator[str]:
-        """Weights of a model that got a gradient without being in any graph, where noise is what the user asked for."""
-        config = self._config
-        tables = {id(m.weight) for m in root.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
-        # Stages of a pipeline have a prefix that their modules do not know.
-        named = {without_stage(without_number(name)) for name, _ in self._registry.items()}
-
-        def is_seen(name: str, weight: nn.Parameter) -> bool:
-            return name in named or ends_in(name, self._seen)
-
-        for name, parameter in untraced_parameters(root, is_seen):
-            if parameter.grad is None or id(parameter) in tables or first_match(name, config.exclude):
-                continue
-            if not config.include or first_match(name, config.include):
-                yield name
 
     def forwards_without_step(self) -> None:
         """Say that the same sample has served more forwards than an accumulation of gradients would."""
@@ -165,7 +206,7 @@ class Diagnostics:
         own_exclude = self._config.exclude != DEFAULT_EXCLUDE
         skipped = [w for w in matching if w.reason is not None]
         if any(w.reason is None for w in matching):
-            skipped = [w for w in skipped if w.reads]
+            skipped = [w for w in skipped if w.reads or w.may_be_read]
         if own_exclude:
             skipped = [w for w in skipped if not first_match(w.name, self._config.exclude)]
         if skipped:
@@ -173,6 +214,15 @@ class Diagnostics:
             if self._config.strict:
                 raise ValueError(message)
             self._say(message)
+
+    def _check_names(self, weights: Sequence[Weight]) -> None:
+        for weight in weights:
+            if weight.name == weight.source and parameter_path(weight.source) is None:
+                self._say(
+                    f"a weight of {' x '.join(map(str, weight.shape))} has no name: no module that is known holds it, "
+                    f"and torch's source for it is not understood. {weight.source} stands for its name, in include and "
+                    "exclude too; please report it"
+                )
 
     def _check_precision(self, weights: Sequence[Weight]) -> None:
         fmt = self._config.fmt
@@ -207,6 +257,17 @@ class Diagnostics:
         if message not in self._said:
             self._said.add(message)
             warnings.warn(message, GwsWarning, stacklevel=2)
+
+
+def _why_left_alone(slot: Slot) -> str:
+    """Why a weight that graphs may multiply by is sampled in none of them; empty where that is not so."""
+    if not slot.graphs or any(weight.reason is None for weight in slot.graphs):
+        return ""
+    return next((weight.reason or "" for weight in slot.graphs if weight.may_be_read), "")
+
+
+def _listed(texts: Sequence[str], separator: str = ", ") -> str:
+    return separator.join(texts[:8]) + (f"{separator}..." if len(texts) > 8 else "")
 
 
 def _list(weights: Sequence[Weight]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -15,11 +16,10 @@ from ..report.metrics import Metrics
 from ..report.records import WeightRecord
 from ..report.report import Report
 from ..report.sampled_parts import SamplingState
-from ..report.untraced import untraced_records
+from ..report.untraced import is_untraced, untraced_record
 from ..runtime.clock import Clock
-from ..runtime.sampled_weights import SampledWeight, SampledWeights
-from ..runtime.weight_registry import WeightRegistry
-from ..weight_names import ends_in, without_number
+from ..runtime.sampled_weights import SampledWeight, sampled_weights, unique_names
+from ..runtime.weight_slots import WeightSlots
 from .rewriting import Rewriting
 
 
@@ -29,8 +29,7 @@ class Reporting:
     Args:
         config: the settings.
         rewriting: has the records.
-        registry: names the weights, and knows the models.
-        sampled: the weights that graphs were called with.
+        slots: the weights that graphs were called with, and those of their models.
         clock: numbers the draws.
         learned: the learned widths; None where widths are fixed.
     """
@@ -39,42 +38,47 @@ class Reporting:
         self,
         config: Config,
         rewriting: Rewriting,
-        registry: WeightRegistry,
-        sampled: SampledWeights,
+        slots: WeightSlots,
         clock: Clock,
         learned: LearnedWidths | None,
     ) -> None:
         self._config = config
         self._rewriting = rewriting
-        self._registry = registry
-        self._sampled = sampled
+        self._slots = slots
         self._clock = clock
         self._learned = learned
 
     def report(self) -> Report:
         """See `gws_compile.Backend.report`."""
         return Report(
-            [*self._rewriting.weight_records, *self._untraced()],
+            self._records(),
             None if self._learned is None else self._learned.summary(),
             graphs=self._rewriting.graph_records,
             settings=self._config.texts(),
             histograms=self.histograms,
         )
 
-    def _untraced(self) -> Iterator[WeightRecord]:
-        named = {without_number(name) for name, _ in self._registry.items()}
-        # Of graphs that several blocks share, weights without noise are known by their names in the block alone.
-        quiet = {record.name for record in self._rewriting.weight_records if record.noise in ("", "none")}
+    def _records(self) -> Iterator[WeightRecord]:
+        """The records of every weight, each under its own name: what graphs say of it, or that none has it.
 
-        def is_traced(name: str, weight: torch.Tensor) -> bool:
-            return name in named or self._rewriting.has_met(weight) or ends_in(name, quiet)
-
-        for root in list(self._registry.roots):
-            yield from untraced_records(root, self._config, is_traced)
+        One graph may serve many layers, or several models, each with weights of their own.
+        """
+        records = {id(weight): record for weight, record in self._rewriting.records}
+        listed = [slot for slot in self._slots if slot.graphs or is_untraced(slot)]
+        names = unique_names(listed)
+        met: set[int] = set()
+        for slot in listed:
+            known = [weight for weight in slot.graphs if id(weight) in records]
+            met.update(map(id, known))
+            yield from (replace(records[id(weight)], name=names[slot]) for weight in known)
+            if not slot.graphs and (slot.dtype.is_floating_point or slot.dtype.is_complex):
+                yield untraced_record(slot, names[slot], self._config)
+        # Of graphs that have not been called.
+        yield from (record for weight, record in self._rewriting.records if id(weight) not in met)
 
     def histograms(self, count: int) -> list[Histogram]:
         """Of so many of the sampled weights that are alive, evenly spread."""
-        found = list(self._sampled)
+        found = list(sampled_weights(self._slots))
         chosen = found if len(found) <= count else [found[i * len(found) // count] for i in range(count)]
         with torch.no_grad():
             return [histogram(weight, self._width_of(weight)[0], self._state()) for weight in chosen]
@@ -83,7 +87,7 @@ class Reporting:
         """See `gws_compile.Backend.metrics`."""
         state = self._state()
         with torch.no_grad():
-            measured = [measure(weight, *self._width_of(weight), state) for weight in self._sampled]
+            measured = [measure(weight, *self._width_of(weight), state) for weight in sampled_weights(self._slots)]
         return Metrics(measured, state.step)
 
     def _state(self) -> SamplingState:
@@ -94,7 +98,7 @@ class Reporting:
         if self._learned is None:
             return None, self._config.bits
         rule = self._learned.parameters.rule
-        found = self._learned.parameters.find(weight.tensor, weight.name)
+        found = self._learned.parameters.find(weight.slot)
         if found is None:  # none yet: b_i starts at 1, where the width is `LearnedBits.init`
-            return torch.ones((), device=weight.value.device), rule.init
+            return torch.ones((), dtype=torch.float32, device=weight.value.device), rule.init
         return found.parameter, average_width(found, rule)

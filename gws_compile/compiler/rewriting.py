@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..config import Config
-from ..passes import Rewrite, Weight, rewrite
+from ..passes import Rewrite, Weight, reason_of_name, rewrite
 from ..report.collect import graph_record, weight_record
 from ..report.records import GraphRecord, WeightRecord
+from ..runtime.trace_names import TracedWeight, called_weights, traced_weights
 from ..torch_internals.dynamo import timed, trace_artifact
-from ..torch_internals.fake_tensors import is_fake
 from ..torch_internals.graphs import placeholder_source
 from .diagnostics import Diagnostics
 
@@ -33,17 +33,16 @@ class Rewriting:
     Attributes:
         graphs: the rewritten graphs, in the order in which they came.
         graph_records: a record of each.
-        weight_records: the records of their weights, graph by graph.
+        records: their weights, each with its record, graph by graph.
     """
 
     def __init__(self, config: Config, diagnostics: Diagnostics) -> None:
         self.graphs: list[fx.GraphModule] = []
         self.graph_records: list[GraphRecord] = []
-        self.weight_records: list[WeightRecord] = []
+        self.records: list[tuple[Weight, WeightRecord]] = []
         self._config = config
         self._diagnostics = diagnostics
-        self._tables = _MetWeights()
-        self._met = _MetWeights()
+        self._tables = _Tables()
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[Rewrite, list[WeightRecord]]:
         """Rewrite a graph.
@@ -60,28 +59,67 @@ class Rewriting:
         """
         number = len(self.graphs)
         with timed("gws_compile.rewrite"):
+            traced = traced_weights(_inputs(gm, example_inputs))
             # Where a graph break, or DDP's graph splitting, lies between embedding and head, the head's graph cannot
             # tell that its weight is tied.
             rewritten = rewrite(
-                gm, self._config, number=number, is_table=lambda weight: self._tables.has(weight, example_inputs)
+                gm,
+                self._config,
+                number=number,
+                names={source: weight.name for source, weight in traced.items()},
+                is_table=lambda weight: self._tables.has(weight, traced.get(weight.source)),
             )
         weights = rewritten.weights
-        self._tables.add([weight for weight in weights if weight.embedded], example_inputs)
-        self._met.add(weights, example_inputs)
+        for weight in weights:
+            if weight.embedded:
+                self._tables.add(weight, traced.get(weight.source))
         records = [weight_record(weight, self._config) for weight in weights]
         self._diagnostics.look_at(weights, has_parameters=_has_parameters(gm))
         self._keep(number, gm, rewritten, records)
         return rewritten, records
 
-    def has_met(self, weight: torch.Tensor) -> bool:
-        """Whether a graph was traced with this Parameter."""
-        return self._met.holds(weight)
+    def again(
+        self, gm: fx.GraphModule, known: Sequence[Weight], names: Mapping[str, str], *, gradients: bool
+    ) -> Rewrite:
+        """Rewrite a graph that came before, in another form.
+
+        Args:
+            gm: the graph, as Dynamo gave it.
+            known: its weights, as they were found then.
+            names: those of the weights, by their sources.
+            gradients: as if it was traced with gradients enabled, or disabled.
+        """
+        tables = {weight.source for weight in known if weight.embedded}
+        with torch.set_grad_enabled(gradients):
+            rewritten = rewrite(
+                gm, self._config, number=len(self.graphs), names=names, is_table=lambda weight: weight.source in tables
+            )
+        self.graphs.append(rewritten.module)
+        self.records += [(weight, weight_record(weight, self._config)) for weight in rewritten.weights]
+        return rewritten
+
+    def form_of(self, weights: Sequence[Weight], tensors: Sequence[torch.Tensor]) -> dict[str, str] | None:
+        """Whether a graph that several layers share serves these weights, from inside its call.
+
+        Args:
+            weights: those of the graph.
+            tensors: what it is called with for them.
+
+        Returns:
+            None where it does; else, by source, the names by which it would have been rewritten another way, since
+            ``include`` and ``exclude`` choose by name.
+        """
+        called = called_weights(tensors)
+        names = {w.source: w.name if one is None else one.name for w, one in zip(weights, called, strict=True)}
+        read = [weight for weight in weights if weight.reads]
+        before = [reason_of_name(weight.name, self._config) for weight in read]
+        return None if before == [reason_of_name(names[weight.source], self._config) for weight in read] else names
 
     def _keep(self, number: int, gm: fx.GraphModule, rewritten: Rewrite, records: list[WeightRecord]) -> None:
         before = gm.print_readable(print_output=False)  # the graph itself goes when it is compiled
         self.graphs.append(rewritten.module)
         self.graph_records.append(graph_record(number, gm, before, rewritten))
-        self.weight_records += records
+        self.records += zip(rewritten.weights, records, strict=True)
         log.info(
             "graph %d: %d weights found, %d rewritten; %d nodes before, %d after",
             number,
@@ -98,30 +136,37 @@ class Rewriting:
         trace_artifact(f"gws_compile_after_{number}", partial(rewritten.module.print_readable, print_output=False))
 
 
-class _MetWeights:
-    """Weights of graphs: as Parameters, or, of fake inputs, by name and shape."""
+class _Tables:
+    """Weights in which graphs look rows up, by their places; those that no known module holds by name and shape."""
 
     def __init__(self) -> None:
-        self._parameters: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._places: WeakIdKeyDictionary = WeakIdKeyDictionary()  # module -> attributes
         self._names: set[tuple[str, tuple[int, ...]]] = set()
 
-    def add(self, weights: Sequence[Weight], inputs: Sequence[Any]) -> None:
-        """Keep these weights of a graph with these inputs."""
-        for weight in weights:
-            given = inputs[weight.position]
-            if is_fake(given):
-                self._names.add((weight.name, weight.shape))
-            else:
-                self._parameters[given] = True
+    def add(self, weight: Weight, traced: TracedWeight | None) -> None:
+        """Keep a weight."""
+        if traced is None:
+            self._names.add((weight.name, weight.shape))
+            return
+        for held in traced.places:
+            known = self._places.get(held.owner, frozenset())  # type: ignore[no-untyped-call]
+            self._places[held.owner] = known | {held.attribute}
 
-    def has(self, weight: Weight, inputs: Sequence[Any]) -> bool:
-        """Whether this weight of a graph with these inputs is kept."""
-        given = inputs[weight.position]
-        return (weight.name, weight.shape) in self._names if is_fake(given) else self.holds(given)
+    def has(self, weight: Weight, traced: TracedWeight | None) -> bool:
+        """Whether a weight is kept."""
+        if traced is None:
+            return (weight.name, weight.shape) in self._names
+        return any(
+            held.attribute in self._places.get(held.owner, ())  # type: ignore[no-untyped-call]
+            for held in traced.places
+        )
 
-    def holds(self, given: torch.Tensor) -> bool:
-        """Whether this Parameter is kept."""
-        return bool(self._parameters.get(given, False))  # type: ignore[no-untyped-call]
+
+def _inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[str, Any]:
+    """The inputs of a graph by source."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    sources = map(placeholder_source, placeholders)
+    return {source: value for source, value in zip(sources, example_inputs, strict=False) if source is not None}
 
 
 def _has_parameters(gm: fx.GraphModule) -> bool:

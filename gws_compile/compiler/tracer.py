@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,16 +12,14 @@ from torch.func import functional_call
 
 from ..config import Config
 from ..learned_bits.learned_widths import LearnedWidths
-from ..report.records import GraphBreak, WeightRecord
+from ..passes.bodies import copy_with_bodies
+from ..report.records import GraphBreak
 from ..report.report import Report
-from ..report.untraced import untraced_records
 from ..runtime.clock import Clock
-from ..runtime.sampled_weights import SampledWeights
-from ..runtime.weight_registry import WeightRegistry
+from ..runtime.weight_slots import Slot, WeightSlots
 from ..torch_internals.compilers import unwrapped
 from ..torch_internals.dynamo import not_traced
 from ..torch_internals.fake_tensors import fake_mode, map_tensors
-from ..weight_names import clean
 from .diagnostics import Diagnostics
 from .reporting import Reporting
 from .rewriting import Rewriting
@@ -34,36 +32,35 @@ class Tracer:
         config: the settings.
 
     Attributes:
-        met: the weights that came in, each with its record, in the order of the calls.
-        found: the weights that get noise: name and `gws_compile.numerics.blocks.matrix_shape`'s ``batch_dims``.
+        slots: the weights that came in, and those of the modules that were called.
+        found: those that get noise, with `gws_compile.numerics.blocks.matrix_shape`'s ``batch_dims``.
     """
 
     __name__ = "gws"
 
     def __init__(self, config: Config) -> None:
-        self.met: list[tuple[torch.Tensor, WeightRecord]] = []
-        self.found: dict[str, int] = {}
-        self._config = config
-        registry = WeightRegistry()
-        self._sampled = SampledWeights(registry)
-        self._rewriting = Rewriting(config, Diagnostics(config, registry))
+        self.slots = WeightSlots()
+        self.found: dict[Slot, int] = {}
+        self._rewriting = Rewriting(config, Diagnostics(config, self.slots))
         learned = None if config.learned is None else LearnedWidths(config.learned, config.block)
-        self._reporting = Reporting(config, self._rewriting, registry, self._sampled, Clock(), learned)
+        self._reporting = Reporting(config, self._rewriting, self.slots, Clock(), learned)
         self._left: list[GraphBreak] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Rewrite the graph and give back the model's own."""
-        rewritten, records = self._rewriting(gm, example_inputs)
-        chosen = rewritten.selected
-        for weight in chosen:
-            if weight.trainable:
-                self.found.setdefault(weight.name, weight.reads[0].batch_dims)
-        positions = [(weight.position, record) for weight, record in zip(rewritten.weights, records, strict=True)]
+        rewritten, _ = self._rewriting(gm, example_inputs)
+        weights, gradients, kept = rewritten.weights, rewritten.gradients, copy_with_bodies(gm)
 
         def forward(*args: Any) -> Any:
             # One graph may serve several blocks, each with weights of its own.
-            self.met += [(args[position], record) for position, record in positions]
-            self._sampled.record([args[weight.position] for weight in chosen], chosen)
+            tensors = [args[weight.position] for weight in weights]
+            slots = self.slots.find(tensors, [weight.name for weight in weights])
+            names = self._rewriting.form_of(weights, tensors)
+            here = rewritten if names is None else self._rewriting.again(kept, weights, names, gradients=gradients)
+            for weight, slot in zip(here.weights, slots, strict=True):
+                slot.add(weight)
+                if weight.reason is None and weight.trainable:
+                    self.found.setdefault(slot, weight.reads[0].batch_dims)
             return gm.forward(*args)
 
         return forward
@@ -75,24 +72,24 @@ class Tracer:
     def run(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Call the model, traced, as it is; keep what Dynamo left."""
         before = not_traced()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), self.instead_of_others():
             torch.compile(model, backend=self)(*args, **kwargs)
         left = (GraphBreak(cause, "") for cause, count in not_traced().items() if count > before.get(cause, 0))
         self._left = list({one.cause: one for one in left}.values())
 
-    def report_of(self, model: Callable[..., Any]) -> Report:
+    def instead_of_others(self) -> AbstractContextManager[Any]:
+        """Takes the place of the backends with which the model, or parts of it, were compiled already.
+
+        They would be asked wherever Dynamo does not trace through: ``model.compile()`` at the top, blocks behind a
+        graph break.
+        """
+        return torch.compiler.set_stance(force_backend=self)
+
+    def report(self) -> Report:
         """The report, with every weight of a module under its own name, those that no graph has too."""
         report = self._reporting.report()
-        records = list(report.records)
-        if isinstance(model, nn.Module):
-            root = unwrapped(model)
-            names = {id(parameter): clean(name) for name, parameter in root.named_parameters()}
-            met = {id(weight) for weight, _ in self.met}
-            records = [replace(record, name=names.get(id(weight), record.name)) for weight, record in self.met]
-            records += untraced_records(root, self._config, lambda _, weight: id(weight) in met)
-            self.met = []  # the report keeps this tracer, for histograms, but no weight
         return Report(
-            records,
+            report.records,
             report.bits,
             graphs=report.graphs,
             breaks=[*report.breaks, *self._left],
@@ -104,14 +101,16 @@ class Tracer:
 def explained(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], config: Config) -> Report:
     """The report of one call, with every weight of the model; see `gws_compile.explain`."""
     tracer = Tracer(config)
+    if isinstance(model, nn.Module):
+        tracer.slots.add_root(unwrapped(model))
     tracer.run(model, args, kwargs)
-    return tracer.report_of(model)
+    return tracer.report()
 
 
 def trainable_weights(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: Config
-) -> list[tuple[str, nn.Parameter, int]]:
-    """The weights of a model that get noise: name, parameter, and ``batch_dims`` of `numerics.blocks.matrix_shape`.
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: Config, slots: WeightSlots
+) -> list[tuple[torch.Tensor, Slot, int]]:
+    """The weights of a model that get noise: Parameter, place, and ``batch_dims`` of `numerics.blocks.matrix_shape`.
 
     The model is traced on fake tensors: nothing is computed and nothing changes. Graph breaks are followed.
 
@@ -120,6 +119,7 @@ def trainable_weights(
         args: the call's positional arguments.
         kwargs: its keyword arguments.
         config: what is rewritten.
+        slots: takes the places.
     """
     model = unwrapped(model)
     mode = fake_mode()
@@ -138,9 +138,12 @@ def trainable_weights(
             made[id(value)] = fake(value)
         fakes[f"_orig_mod.{name}"] = made[id(value)]
     fake_args, fake_kwargs = map_tensors(fake, (args, kwargs))
-    with torch.random.fork_rng(), torch.enable_grad(), mode:
+    with torch.random.fork_rng(), torch.enable_grad(), tracer.instead_of_others(), mode:
         functional_call(compiled, fakes, fake_args, fake_kwargs)
-    by_name: dict[str, nn.Parameter] = {}
-    for name, parameter in parameters.items():
-        by_name.setdefault(clean(name), parameter)
-    return [(name, by_name[name], dims) for name, dims in tracer.found.items() if name in by_name]
+    found = {slot.place(): dims for slot, dims in tracer.found.items()}
+    prepared = []
+    for slot in slots.of_module(model):
+        weight = slot.tensor()
+        if weight is not None and slot.place() in found:
+            prepared.append((weight, slot, found[slot.place()]))
+    return prepared

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+
+from ..torch_internals.modes import plain_tensors
 
 
 class AverageConstraint:
@@ -24,8 +28,9 @@ class AverageConstraint:
 
     def __init__(self, target: float) -> None:
         self.target = target
-        self._multiplier = torch.zeros(())
-        self._scale = torch.zeros(())  # 0 until a gradient has been seen
+        with plain_tensors():
+            self._multiplier = torch.zeros((), dtype=torch.float32, device="cpu")
+            self._scale = torch.zeros_like(self._multiplier)  # 0 until a gradient has been seen
         self._violation: torch.Tensor | None = None
 
     def loss(self, average: torch.Tensor) -> torch.Tensor:
@@ -56,9 +61,10 @@ class AverageConstraint:
         self._multiplier, self._scale = self._multiplier.to(device), self._scale.to(device)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Multiplier and scale."""
-        return {"multiplier": self._multiplier.clone(), "scale": self._scale.clone()}
+        """``"multiplier"`` and ``"scale"``, float32 scalars; the scale is not negative."""
+        with plain_tensors():
+            return {"multiplier": self._multiplier.clone(), "scale": self._scale.clone()}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Continue from `state_dict`."""
-        self._multiplier, self._scale = state["multiplier"].clone(), state["scale"].clone()
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Continue from `state_dict`; as in a new process, the next loss comes before the next `update`."""
+        self._multiplier, self._scale, self._violation = state["multiplier"], state["scale"], None

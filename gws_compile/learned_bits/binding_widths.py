@@ -15,6 +15,7 @@ from ..numerics.shards import ShardRange
 from ..numerics.widths import parameter_shape
 from ..passes import LearnedInput
 from ..runtime.weight_registry import WeightRegistry
+from ..runtime.weight_slots import Slot
 from ..torch_internals import distributed
 from .gradient_sync import SumOverShards
 from .parameters import WidthParameters
@@ -25,24 +26,31 @@ class BoundWidth:
     """The width parameter of a weight that a graph is called with.
 
     Attributes:
-        parameter: b_i, of the whole weight.
+        parameters: the widths there are.
+        slot: the weight.
+        found: b_i, of the whole weight, as it was when the graph was first called with the weight.
         groups: the process groups among which the weight is sharded.
         given: what the graph knows of the weight.
         block: the block shape.
     """
 
-    parameter: nn.Parameter
+    parameters: WidthParameters
+    slot: Slot
+    found: nn.Parameter
     groups: tuple[Any, ...]
     given: LearnedInput
     block: tuple[int, int]
 
     def tensor(self) -> torch.Tensor:
         """The parameter; of a sharded weight, this rank's part, a view."""
+        # A copy that is trained from here on has widths of its own.
+        own = self.parameters.own(self.slot)
+        parameter = self.found if own is None else own
         shard = self.given.shard
         if shard is None:
-            return self.parameter
-        shared: torch.Tensor = SumOverShards.apply(self.parameter, self.groups)  # type: ignore[no-untyped-call]
-        return shared if self.parameter.ndim == 0 else _part(shared, shard, self.given.batch_dims, self.block)
+            return parameter
+        shared: torch.Tensor = SumOverShards.apply(parameter, self.groups)  # type: ignore[no-untyped-call]
+        return shared if parameter.ndim == 0 else _part(shared, shard, self.given.batch_dims, self.block)
 
 
 def _part(whole: torch.Tensor, shard: ShardRange, batch_dims: int, block: tuple[int, int]) -> torch.Tensor:
@@ -70,7 +78,7 @@ class WidthFinder:
 
     Args:
         parameters: those there are; of a weight without, they are made.
-        registry: knows the weights' names.
+        registry: names the weights.
         inputs: the weights whose widths the graph takes.
     """
 
@@ -79,16 +87,21 @@ class WidthFinder:
         self._registry = registry
         self._inputs = inputs
 
-    def __call__(self, weights: Sequence[torch.Tensor]) -> list[BoundWidth]:
-        """The width parameters of these weights, which have been registered.
+    def __call__(
+        self, weights: Sequence[torch.Tensor], slots: Sequence[Slot], noisy: Sequence[bool]
+    ) -> list[BoundWidth]:
+        """The width parameters of these weights.
 
         Raises:
             ValueError: widths of another shape were prepared or loaded for a weight.
         """
-        names = self._registry.names(weights)
-        return [self._find(*found) for found in zip(weights, names, self._inputs, strict=True)]
+        return [self._find(*found) for found in zip(weights, slots, noisy, self._inputs, strict=True)]
 
-    def _find(self, weight: torch.Tensor, name: str, given: LearnedInput) -> BoundWidth:
-        groups = self._registry.groups(weight)
-        parameter = self._parameters.parameter(weight, name, given.batch_dims, groups)
-        return BoundWidth(parameter, distributed.shard_groups(weight), given, self._parameters.block)
+    def _find(self, weight: torch.Tensor, slot: Slot, noisy: bool, given: LearnedInput) -> BoundWidth:
+        if noisy:
+            self._registry.register([slot])
+            parameter = self._parameters.parameter(weight, slot, given.batch_dims)
+        else:
+            parameter = self._parameters.evaluated(weight, slot, given.batch_dims)
+        groups = distributed.shard_groups(weight)
+        return BoundWidth(self._parameters, slot, parameter, groups, given, self._parameters.block)

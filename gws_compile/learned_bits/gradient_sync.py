@@ -49,9 +49,9 @@ class GradientSync:
 
     def watch(self, name: str, parameter: nn.Parameter, groups: tuple[Any, ...]) -> None:
         """Average this parameter's gradient over the process groups from now on."""
-        if not groups or self._groups.get(name) == groups:
+        if not groups or (self._groups.get(name) == groups and self._parameters[name] is parameter):
             return
-        if name not in self._groups:
+        if self._parameters.get(name) is not parameter:
             hook = partial(_queue, weakref.ref(self))
             parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         self._groups[name] = groups

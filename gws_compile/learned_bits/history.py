@@ -31,7 +31,9 @@ class WidthHistory:
         """Keep a histogram of the widths by their share of all elements; on the device, without synchronization."""
         smallest, largest = self._range
         place = ((widths - smallest) * (BINS / (largest - smallest))).long().clamp(0, BINS - 1)
-        self._snapshots.append(torch.zeros(BINS, device=widths.device).scatter_add_(0, place, shares.float()))
+        self._snapshots.append(
+            torch.zeros(BINS, dtype=torch.float32, device=widths.device).scatter_add_(0, place, shares.float())
+        )
         self.steps.append(self._step)
         if len(self.steps) > MOST:
             self._every *= 2
@@ -41,4 +43,8 @@ class WidthHistory:
 
     def histograms(self) -> torch.Tensor:
         """float32, (snapshots, bins): the share of all elements in each bin from the smallest width to the largest."""
-        return torch.stack([s.cpu() for s in self._snapshots]) if self._snapshots else torch.zeros(0, BINS)
+        return (
+            torch.stack([s.cpu() for s in self._snapshots])
+            if self._snapshots
+            else torch.zeros(0, BINS, dtype=torch.float32, device="cpu")
+        )

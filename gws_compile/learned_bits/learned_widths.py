@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ..warning import GwsWarning
 from .average_constraint import AverageConstraint
 from .history import WidthHistory
 from .loss import distance_from_target, widths_and_shares
-from .parameters import WeightWidths, WidthParameters
+from .parameters import WidthParameters
 from .summary import BitsSummary, summarize
 
 _PATIENCE = 10
@@ -34,7 +34,7 @@ class LearnedWidths:
         self.parameters = WidthParameters(settings, block)
         self.history = WidthHistory(self.parameters.rule.min, self.parameters.rule.max)
         self.constraint = None if settings.average is None else AverageConstraint(settings.average)
-        self._followed = False
+        self._followed: set[str] = set()
         self._waited = 0
 
     def summary(self) -> BitsSummary | None:
@@ -68,10 +68,11 @@ class LearnedWidths:
         if self.parameters.frozen or not weights:
             return
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not any(id(weight.parameter) in held for weight in weights):
-            self._notice_unfollowed(weights)
+        followed = {name for name, weight in self.parameters.by_name.items() if id(weight.parameter) in held}
+        self._followed |= followed
+        self._notice_unfollowed()
+        if not followed:
             return
-        self._followed = True
         due = self.history.due()
         if not due and self.constraint is None:
             return
@@ -83,14 +84,20 @@ class LearnedWidths:
             gradients = torch.cat([_gradient(weight.parameter).reshape(-1).to(widths.device) for weight in weights])
             self.constraint.update((widths * shares).sum(), gradients / self.parameters.rule.slope, shares)
 
-    def _notice_unfollowed(self, weights: Iterable[WeightWidths]) -> None:
-        if self._followed or all(weight.parameter.grad is None for weight in weights):
+    def _notice_unfollowed(self) -> None:
+        unfollowed = [
+            name
+            for name, weight in self.parameters.by_name.items()
+            if weight.parameter.grad is not None and name not in self._followed
+        ]
+        if not unfollowed:
             return
         self._waited += 1
         if self._waited == _PATIENCE:
             warnings.warn(
-                f"{_PATIENCE} optimizer steps, and no optimizer has the bit widths, which do get gradients: give "
-                "Backend.parameters() to one, after Backend.prepare(model, ...) or the first forward",
+                f"{_PATIENCE} optimizer steps, and no optimizer has the bit widths of {', '.join(unfollowed[:8])}, "
+                "which do get gradients: give Backend.parameters() to one, after Backend.prepare(model, ...) or the "
+                "first forward",
                 GwsWarning,
                 stacklevel=2,
             )
@@ -102,15 +109,19 @@ class LearnedWidths:
             state["steering"] = self.constraint.state_dict()
         return state
 
-    def load_state_dict(self, state: dict[str, Any], weights: Iterable[str]) -> None:
-        """Continue from `state_dict`; ``weights`` are the names that the saved run had.
+    def restore(
+        self, bits: Mapping[str, torch.Tensor], *, frozen: bool, steering: Mapping[str, torch.Tensor] | None
+    ) -> None:
+        """Continue from a state, with which `WidthParameters.check_shapes` agrees.
 
-        Raises:
-            ValueError: see `WidthParameters.load_state_dict`.
+        Args:
+            bits: see `WidthParameters.restore`.
+            frozen: see there.
+            steering: see `AverageConstraint.state_dict`; needed where there is a constraint.
         """
-        self.parameters.load_state_dict(state, weights)
-        if self.constraint is not None:
-            self.constraint.load_state_dict(state["steering"])
+        self.parameters.restore(bits, frozen=frozen)
+        if self.constraint is not None and steering is not None:
+            self.constraint.restore(steering)
 
 
 def _gradient(parameter: nn.Parameter) -> torch.Tensor:

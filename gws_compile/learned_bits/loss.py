@@ -41,7 +41,7 @@ def distance_from_target(weights: Collection[WeightWidths], rule: WidthRule, wei
     widths, _ = widths_and_shares(weights, rule)
     counts = [weight.parameter.numel() for weight in weights]
     if weighting == "weight":
-        each = [torch.full((n,), 1 / (n * len(counts)), device=widths.device) for n in counts]
+        each = [torch.full((n,), 1 / (n * len(counts)), dtype=torch.float32, device=widths.device) for n in counts]
     else:
         sizes = [weight.elements.sum().to(widths.device) for weight in weights]
         total = torch.stack(sizes).sum()
@@ -61,4 +61,6 @@ class _Widths(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         (parameter,) = ctx.saved_tensors
-        return torch.as_tensor(width_gradient(TorchPrimitives(), grad.contiguous(), parameter, ctx.rule)), None
+        gradient = width_gradient(TorchPrimitives(), grad.contiguous(), parameter, ctx.rule)
+        assert isinstance(gradient, torch.Tensor)
+        return gradient, None

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..config import LearnedBits
 from ..numerics.blocks import matrix_shape
 from ..numerics.widths import parameter_shape
-from ..weight_names import first_free
+from ..runtime.weight_slots import Slot
+from ..torch_internals.modes import plain_tensors
+from ..weight_names import first_free, without_number
 from .gradient_sync import GradientSync
 
 
@@ -28,14 +28,16 @@ class WeightWidths:
         shape: the weight's.
         elements: elements of each block, float32, of the parameter's shape.
         blocks: how many blocks the weight has.
-        owner: the weight, as it last came.
+        slot: the weight; None before one has come under this name.
+        only_evaluated: the weight has not been trained or prepared, and has no name: the first one that is takes these.
     """
 
     parameter: nn.Parameter
     shape: tuple[int, ...]
     elements: torch.Tensor
     blocks: int
-    owner: weakref.ref[torch.Tensor]
+    slot: Slot | None
+    only_evaluated: bool = False
 
 
 class WidthParameters:
@@ -54,74 +56,165 @@ class WidthParameters:
         self.by_name: dict[str, WeightWidths] = {}
         self.frozen = False
         self._granularity = settings.granularity
-        self._prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._prepared: dict[Slot, str] = {}
         self._loaded: dict[str, torch.Tensor] = {}
         self._sync = GradientSync()
 
-    def prepare(self, weight: torch.Tensor, name: str, batch_dims: int, *, used: str | None) -> None:
+    def prepare(self, weight: torch.Tensor, slot: Slot, batch_dims: int) -> None:
         """Make the widths of a weight, if it has none.
 
         Args:
-            weight: the Parameter.
-            name: its qualified name; another weight that has it already makes it ``name#1``, ``name#2``, ...
+            weight: the Parameter; one on the meta device has its widths on the CPU until it comes from another device.
+            slot: its place. Another weight that has its name already makes it ``name#1``, ``name#2``, ...
             batch_dims: see `gws_compile.numerics.blocks.matrix_shape`.
-            used: its unique name, where a forward has seen it.
         """
-        if self._prepared.get(weight) is None:  # type: ignore[no-untyped-call]
-            self._prepared[weight] = unique = used or first_free(name, self.by_name)
-            self._get_or_make(unique, weight, batch_dims)
+        if slot not in self._prepared:
+            self._prepared[slot] = unique = slot.name or first_free(slot.path, self._taken())
+            self._get_or_make(unique, weight, slot, batch_dims)
 
-    def parameter(self, weight: torch.Tensor, name: str, batch_dims: int, groups: tuple[Any, ...] = ()) -> nn.Parameter:
-        """The b_i of a weight.
+    def _taken(self) -> set[str]:
+        """The names that a weight which comes to be trained or prepared cannot have."""
+        return {name for name, widths in self.by_name.items() if not widths.only_evaluated}
+
+    def evaluated(self, weight: torch.Tensor, slot: Slot, batch_dims: int) -> nn.Parameter:
+        """The b_i of a weight that is evaluated.
+
+        Evaluation gives no name: an average of the weights that is evaluated before the model's first training step is
+        not the model. A weight that has no widths yet has those of the weight that it is a copy of, as far as can be
+        told; or else new ones, or a loaded state's, which the first weight takes that is trained or prepared.
 
         Args:
             weight: as it comes into a graph.
-            name: its unique name.
+            slot: its place.
             batch_dims: see `gws_compile.numerics.blocks.matrix_shape`.
-            groups: the process groups over which the gradient is averaged.
+
+        Raises:
+            ValueError: the widths of a loaded state are of a weight, or of blocks, of another shape.
+        """
+        if slot.name is not None or slot in self._prepared:
+            return self.parameter(weight, slot, batch_dims)
+        own = self._name_of(slot)
+        if own is not None:
+            return self.by_name[own].parameter
+        self._forget_gone(slot)
+        name = next((name for name in self._loaded if without_number(name) == slot.path), None)
+        original = self.original(slot) if name is None else None
+        if original is not None:
+            return original
+        name = name or first_free(slot.path, self.by_name)
+        parameter = self._get_or_make(name, weight, slot, batch_dims).parameter
+        self.by_name[name].only_evaluated = True
+        return parameter
+
+    def parameter(self, weight: torch.Tensor, slot: Slot, batch_dims: int) -> nn.Parameter:
+        """The b_i of a weight that is trained, or prepared.
+
+        Args:
+            weight: as it comes into a graph.
+            slot: its place, which has a name.
+            batch_dims: see `gws_compile.numerics.blocks.matrix_shape`.
 
         Raises:
             ValueError: the widths that there are under this name are of a weight, or of blocks, of another shape.
         """
-        prepared: str | None = self._prepared.get(weight)  # type: ignore[no-untyped-call]
-        known = self.by_name.get(prepared or name)
-        owner = None if known is None else known.owner()
-        if owner is not None and owner is not weight:
-            # Prepared for another weight, which is there and has not been used yet. (Under FSDP2 the weight that was
-            # prepared is gone, and another Parameter comes under its name.)
-            self._prepared[weight] = prepared = first_free(name, self.by_name)
-        widths = self._get_or_make(prepared or name, weight, batch_dims)
-        widths.owner = weakref.ref(weight)
-        self._sync.watch(prepared or name, widths.parameter, groups)
-        if widths.parameter.device != weight.device:
-            with torch.no_grad():
+        name = self._prepared.get(slot) or slot.name
+        assert name is not None
+        known = self.by_name.get(name)
+        if known is not None and known.slot is not slot:
+            if known.only_evaluated:
+                if known.shape != tuple(weight.shape):
+                    del self.by_name[name]
+            elif known.slot is not None and not known.slot.is_alive():
+                del self.by_name[name]
+            elif known.slot is not None:
+                # Prepared for another weight, which is there and has not been used yet.
+                self._prepared[slot] = name = first_free(slot.path, self.by_name)
+        widths = self._get_or_make(name, weight, slot, batch_dims)
+        self._sync.watch(name, widths.parameter, slot.groups)
+        if widths.parameter.device != weight.device and not weight.is_meta:
+            with plain_tensors():
                 widths.parameter.data = widths.parameter.data.to(weight.device)
                 widths.elements = widths.elements.to(weight.device)
         return widths.parameter
 
-    def _get_or_make(self, name: str, weight: torch.Tensor, batch_dims: int) -> WeightWidths:
+    def _get_or_make(self, name: str, weight: torch.Tensor, slot: Slot, batch_dims: int) -> WeightWidths:
         known = self.by_name.get(name)
         shape = tuple(weight.shape)
         if known is not None:
             if known.shape != shape:
                 raise ValueError(f"{name} has shape {shape}, but bit widths were prepared for shape {known.shape}")
+            known.slot, known.only_evaluated = slot, False
             return known
+        self._forget_gone(slot)
         matrices, rows, cols = matrix_shape(shape, batch_dims)
         sizes = parameter_shape(matrices, rows, cols, self.block, self._granularity)
         start = (self.rule.init - self.rule.target) / self.rule.slope  # 1, up to float32
-        parameter = nn.Parameter(torch.full(sizes, start, dtype=torch.float32, device=weight.device))
-        if (value := self._loaded.pop(name, None)) is not None:
-            _copy(name, parameter, value)
+        device = torch.device("cpu") if weight.is_meta else weight.device
+        original = self.original(slot)
+        with plain_tensors():
+            parameter = nn.Parameter(torch.full(sizes, start, dtype=torch.float32, device=device))
+            if (value := self._loaded.get(name)) is not None:
+                _copy(name, parameter, value)
+            elif original is not None and original.shape == parameter.shape:
+                parameter.copy_(original)
+            elements = _elements(matrices, rows, cols, self.block, sizes).to(device)
         parameter.requires_grad_(not self.frozen)
         blocks = math.prod(parameter_shape(matrices, rows, cols, self.block, "block"))
-        elements = _elements(matrices, rows, cols, self.block, sizes).to(weight.device)
-        made = self.by_name[name] = WeightWidths(parameter, shape, elements, blocks, weakref.ref(weight))
+        made = self.by_name[name] = WeightWidths(parameter, shape, elements, blocks, slot)
+        self._loaded.pop(name, None)  # not before: widths of another shape are refused at every call
         return made
 
-    def find(self, weight: torch.Tensor, name: str) -> WeightWidths | None:
-        """What there is of a weight, by its unique name; None for one without learned widths."""
-        prepared: str | None = self._prepared.get(weight)  # type: ignore[no-untyped-call]
-        return self.by_name.get(prepared or name)
+    def _forget_gone(self, slot: Slot) -> None:
+        """Drop the widths of weights that have gone, of which another one has come under the same name."""
+        gone = [
+            name
+            for name, widths in self.by_name.items()
+            if widths.slot is not None
+            and widths.slot.path == slot.path
+            and not widths.slot.is_alive()
+            # A copy that was evaluated and went: what a loaded state said is still that of the model.
+            and not widths.only_evaluated
+        ]
+        for name in gone:
+            del self.by_name[name]
+
+    def _name_of(self, slot: Slot) -> str | None:
+        """The name under which a weight has widths of its own."""
+        name = self._prepared.get(slot, slot.name)
+        if name is None:
+            name = next((name for name, widths in self.by_name.items() if widths.slot is slot), None)
+        known = None if name is None else self.by_name.get(name)
+        return None if known is None or known.slot is not slot else name
+
+    def own(self, slot: Slot) -> nn.Parameter | None:
+        """The b_i of a weight; None where it has none of its own."""
+        name = self._name_of(slot)
+        return None if name is None else self.by_name[name].parameter
+
+    def original(self, slot: Slot) -> nn.Parameter | None:
+        """The b_i of the weight that one without own widths is a copy of, as far as can be told.
+
+        That is a weight of the same name and shape: that of an average of weights, a target network, a deep copy in the
+        middle of training. One that has been trained comes before others.
+        """
+        if self.own(slot) is not None:
+            return None
+        found = [
+            widths
+            for widths in self.by_name.values()
+            if widths.slot is not None
+            and widths.slot is not slot
+            and widths.slot.path == slot.path
+            and widths.shape == slot.shape
+            and (widths.only_evaluated or widths.slot.is_alive())
+        ]
+        found.sort(key=lambda widths: widths.slot is None or widths.slot.seen is None)
+        return found[0].parameter if found else None
+
+    def find(self, slot: Slot) -> WeightWidths | None:
+        """What there is of a weight; None for one without learned widths."""
+        name = self._name_of(slot)
+        return None if name is None else self.by_name[name]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name (the weight's, and ``.bits``) and b_i."""
@@ -150,34 +243,34 @@ class WidthParameters:
 
         And ``"frozen"``, 0 or 1.
         """
-        bits = {name: value.clone() for name, value in self._loaded.items()}
-        bits.update({name: widths.parameter.detach().clone() for name, widths in self.by_name.items()})
+        with plain_tensors():
+            bits = {name: value.clone() for name, value in self._loaded.items()}
+            bits.update({name: widths.parameter.detach().clone() for name, widths in self.by_name.items()})
         return {"bits": bits, "frozen": int(self.frozen)}
 
-    def load_state_dict(self, state: dict[str, Any], weights: Iterable[str]) -> None:
-        """Continue from `state_dict`; ``weights`` are the names that the saved run had.
+    def check_shapes(self, bits: Mapping[str, torch.Tensor]) -> None:
+        """Hold the parameters of a state to those that there are; nothing is changed.
 
         Raises:
-            ValueError: the state lacks the widths of a weight, or has them in another shape.
+            ValueError: the state has those of a weight in another shape.
         """
-        bits = dict(state["bits"])
-        if missing := [name for name in weights if name not in bits]:
-            raise ValueError(
-                f"the state has no bit widths for {', '.join(missing[:8])}: call Backend.prepare(model, ...) before a "
-                "state is loaded by torch.distributed.checkpoint, which fills in what is there"
-            )
         for name, value in bits.items():
             if name in self.by_name:
-                _check_shape(name, self.by_name[name].parameter, value)  # of all, before any is copied
-        self.frozen = bool(state["frozen"])
-        for name, value in bits.items():
-            known = self.by_name.get(name)
-            if known is None:
-                self._loaded[name] = value.detach().clone()
-            else:
-                _copy(name, known.parameter, value)
-        for widths in self.by_name.values():
-            widths.parameter.requires_grad_(not self.frozen)
+                _check_shape(name, self.by_name[name].parameter, value)
+
+    def restore(self, bits: Mapping[str, torch.Tensor], *, frozen: bool) -> None:
+        """Continue from a state, with which `check_shapes` agrees; what is still to come waits for its weight.
+
+        Args:
+            bits: float32, the parameters by the weights' names.
+            frozen: the widths are fixed.
+        """
+        self.frozen = frozen
+        self._loaded = {name: value for name, value in bits.items() if name not in self.by_name}
+        for name, widths in self.by_name.items():
+            if name in bits:
+                _copy(name, widths.parameter, bits[name])
+            widths.parameter.requires_grad_(not frozen)
 
 
 def _check_shape(name: str, parameter: nn.Parameter, value: torch.Tensor) -> None:
@@ -190,16 +283,16 @@ def _check_shape(name: str, parameter: nn.Parameter, value: torch.Tensor) -> Non
 
 def _copy(name: str, parameter: nn.Parameter, value: torch.Tensor) -> None:
     _check_shape(name, parameter, value)
-    with torch.no_grad():
+    with plain_tensors():
         parameter.copy_(value)
 
 
 def _elements(matrices: int, rows: int, cols: int, block: tuple[int, int], shape: tuple[int, ...]) -> torch.Tensor:
     """Elements of each block; partial blocks have fewer."""
     if not shape:
-        return torch.tensor(float(matrices * rows * cols))
+        return torch.tensor(float(matrices * rows * cols), dtype=torch.float32, device="cpu")
     sides = [
-        torch.tensor([min(side, size - start) for start in range(0, size, side)], dtype=torch.float32)
+        torch.tensor([min(side, size - start) for start in range(0, size, side)], dtype=torch.float32, device="cpu")
         for size, side in ((rows, block[0]), (cols, block[1]))
     ]
     return (sides[0][:, None] * sides[1]).expand(matrices, -1, -1).reshape(shape)

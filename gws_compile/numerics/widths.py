@@ -57,11 +57,14 @@ class WidthRule:
 
     def index(self, widths: torch.Tensor) -> torch.Tensor:
         """int64: which of `formats` each width stands for."""
-        return torch.bucketize(widths.detach().float().contiguous(), torch.tensor(self.reaches, device=widths.device))
+        reaches = torch.tensor(self.reaches, dtype=torch.float32, device=widths.device)
+        return torch.bucketize(widths.detach().float().contiguous(), reaches)
 
     def widths(self, parameter: torch.Tensor) -> torch.Tensor:
         """float32: the widths within ``min`` and ``max``, as the operator computes them; no gradient."""
-        return torch.as_tensor(width(TorchPrimitives(), parameter.detach(), self))
+        widths = width(TorchPrimitives(), parameter.detach(), self)
+        assert isinstance(widths, torch.Tensor)
+        return widths
 
     def parameter(self, widths: torch.Tensor) -> torch.Tensor:
         """The ``b_i`` of these widths."""
@@ -70,7 +73,9 @@ class WidthRule:
     def rounded(self, widths: torch.Tensor) -> torch.Tensor:
         """Each width rounded up to what its format stands for; one that is beyond every format stays as it is."""
         index = self.index(widths)
-        reached = torch.tensor([fmt.noise_bits for fmt in self.formats], device=widths.device)[index]
+        reached = torch.tensor([fmt.noise_bits for fmt in self.formats], dtype=torch.float32, device=widths.device)[
+            index
+        ]
         return torch.where(widths > reached, widths, reached)
 
 

@@ -89,4 +89,6 @@ def bits_gradient_eager(
     gradient = spec.of_block(p, lambda: total, lambda: amax, lambda: parameter.expand(amax.shape))
     if parameter.ndim == 0:
         gradient = gradient.sum()
-    return torch.as_tensor(spec.of_parameter(p, gradient.reshape(parameter.shape), parameter))
+    of_parameter = spec.of_parameter(p, gradient.reshape(parameter.shape), parameter)
+    assert isinstance(of_parameter, torch.Tensor)
+    return of_parameter

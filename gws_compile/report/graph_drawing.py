@@ -107,7 +107,7 @@ def _uses(place: Place) -> Iterator[_Tree]:
             yield from children
         elif step.kind == "sample":
             yield replace(_sample(step.node), children=children)
-        elif step.kind in ("read", "view"):
+        elif step.kind in ("read", "view", "scaled"):
             yield replace(_use(step.node, "read" if step.kind == "read" else "view"), children=children)
         elif step.kind != "metadata":
             yield _use(step.node, "other")

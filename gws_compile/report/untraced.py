@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 from torch import nn
 
 from ..config import Config
+from ..runtime.weight_slots import Slot
 from ..torch_internals.dynamo import traces_recurrent_layers
-from ..weight_names import clean, first_match
+from ..weight_names import first_match
 from .records import WeightRecord
 
 _NOT_TRACED = (
@@ -21,56 +20,49 @@ _RECURRENT = (
 )
 
 
-def untraced_parameters(
-    root: nn.Module, is_traced: Callable[[str, nn.Parameter], bool]
-) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of two or more dims that are in no graph, with their names.
+def is_untraced(slot: Slot) -> bool:
+    """Whether a weight stands in a model that is known, and in none of the graphs so far."""
+    if slot.graphs or slot.root is None:
+        return False
+    # Of a model that has gone all is told; a part of one that has been replaced is no weight of it any more.
+    return slot.tensor() is not None or (not slot.is_alive() and slot.root() is None)
+
+
+def is_table(slot: Slot) -> bool:
+    """Whether a weight is the table of an embedding layer."""
+    return slot.owner_type is not None and issubclass(slot.owner_type, (nn.Embedding, nn.EmbeddingBag))
+
+
+def untraced_record(slot: Slot, name: str, config: Config) -> WeightRecord:
+    """The record of a weight of which `is_untraced` holds.
 
     Args:
-        root: the model.
-        is_traced: whether a graph has the parameter of this name (as `gws_compile.weight_names.clean` leaves it).
-    """
-    for name, parameter in ((clean(n), p) for n, p in root.named_parameters()):
-        if parameter.ndim >= 2 and not is_traced(name, parameter):
-            yield name, parameter
-
-
-def untraced_records(
-    root: nn.Module, config: Config, is_traced: Callable[[str, nn.Parameter], bool]
-) -> Iterator[WeightRecord]:
-    """The records of the floating-point ones among `untraced_parameters`.
-
-    Args:
-        root: the model.
+        slot: the weight.
+        name: how it is listed.
         config: ``exclude`` is a reason of its own.
-        is_traced: see `untraced_parameters`.
     """
-    for name, parameter in untraced_parameters(root, is_traced):
-        if parameter.is_floating_point():
-            yield WeightRecord(
-                name=name,
-                shape=tuple(parameter.shape),
-                dtype=str(parameter.dtype).removeprefix("torch."),
-                op="",
-                rewritten=False,
-                reason=_reason(name, _owner(root, parameter), config),
-                fmt="",
-                bits=None,
-                noise="",
-                location="",
-            )
+    return WeightRecord(
+        name=name,
+        shape=slot.shape,
+        dtype=str(slot.dtype).removeprefix("torch."),
+        op="",
+        rewritten=False,
+        reason=untraced_reason(slot, config),
+        fmt="",
+        bits=None,
+        noise="",
+        location="",
+    )
 
 
-def _owner(root: nn.Module, parameter: nn.Parameter) -> nn.Module:
-    return next(m for m in root.modules() if any(p is parameter for p in m.parameters(recurse=False)))
-
-
-def _reason(name: str, owner: nn.Module, config: Config) -> str:
-    pattern = first_match(name, config.exclude)
+def untraced_reason(slot: Slot, config: Config) -> str:
+    """Why no graph has a weight, as far as is known."""
+    pattern = first_match(slot.path, config.exclude)
     if pattern is not None:
         return f"matches the exclude pattern {pattern!r}"
-    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
+    if is_table(slot):
         return "embedding table, in no traced graph"
-    if isinstance(owner, nn.RNNBase) and not traces_recurrent_layers():
-        return _RECURRENT.format(type(owner).__name__)
+    kind = slot.owner_type
+    if kind is not None and issubclass(kind, nn.RNNBase) and not traces_recurrent_layers():
+        return _RECURRENT.format(kind.__name__)
     return _NOT_TRACED

@@ -1,18 +1,23 @@
-"""What belongs to the Parameters that a compiled graph is called with: looked up once for each set of them."""
+"""What belongs to the weights that a compiled graph is called with: looked up once for each set of them."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from ..passes import InputLayout, Weight
-from .clock import Clock
+from .clock import Clock, DrawState
 from .keys import key_tensors
-from .sampled_weights import SampledWeights
-from .weight_cache import WeightCache
 from .weight_registry import WeightRegistry
+from .weight_slots import Slot, WeightSlots
+
+_MOST_IDS = 4096
+"""Sets of tensors that are kept by their ids; `functional_call` may bring new ones in each call."""
 
 
 class WidthInput(Protocol):
@@ -23,23 +28,51 @@ class WidthInput(Protocol):
         ...
 
 
-FindWidths = Callable[[Sequence[torch.Tensor]], Sequence[WidthInput]]
-"""Looks up the widths of the weights of `InputLayout.learned`, which have been registered, in this order."""
+class FindWidths(Protocol):
+    """Looks up the learned widths of the weights of `InputLayout.learned`."""
+
+    def __call__(
+        self, weights: Sequence[torch.Tensor], slots: Sequence[Slot], noisy: Sequence[bool]
+    ) -> Sequence[WidthInput]:
+        """The widths of these weights, in this order; ``noisy`` says which of them draw noise in the graph."""
+        ...
 
 
 class Binding:
-    """What a graph takes beside the Parameters of one set, and how often it was called with them in this draw.
+    """What a graph takes beside the weights of one set, and how often it was called with them in this draw.
 
     Attributes:
+        slots: the weights.
+        noisy: those that draw noise.
+        reads: of each weight that is trained, how its reads are: ``{True}`` where all have noise, ``{True, False}``
+            where no gradient flows through some, and so on.
         keys: per device, the keys of the weights that draw noise; int32, (2,) each.
         widths: the learned widths.
+        form: the names by which another form of the graph serves these weights, by source; None for this one.
     """
 
-    def __init__(self, keys: Mapping[torch.device, Sequence[torch.Tensor]], widths: Sequence[WidthInput]) -> None:
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        noisy: Sequence[Slot],
+        keys: Mapping[torch.device, Sequence[torch.Tensor]],
+        widths: Sequence[WidthInput],
+        *,
+        reads: Mapping[Slot, frozenset[bool]] = MappingProxyType({}),
+        form: Mapping[str, str] | None = None,
+    ) -> None:
+        self.form = form
+        self.reads = reads
+        self.slots = slots
+        self.noisy = noisy
         self.keys = keys
         self.widths = widths
         self._draw = -1
         self._uses = 0
+
+    def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether these are what stands at the places of the weights now."""
+        return all(slot.tensor() is tensor for slot, tensor in zip(self.slots, tensors, strict=True))
 
     def count(self, draw: int) -> int:
         """Count a call in this draw, and say how many there were, this one included; 0 where nothing draws noise."""
@@ -49,22 +82,28 @@ class Binding:
         self._draw = draw
         return self._uses
 
-    def inputs(self, clock: Clock) -> list[torch.Tensor]:
-        """The inputs behind the graph's own, in the order of `gws_compile.passes.InputLayout`."""
-        noise = [tensor for device, keys in self.keys.items() for tensor in (*keys, clock.tensor(device))]
+    def inputs(self, clock: Clock, state: DrawState) -> list[torch.Tensor]:
+        """The inputs behind the graph's own, in the order of `gws_compile.passes.InputLayout`.
+
+        Args:
+            clock: has the tensors.
+            state: what the call is to see of the clock.
+        """
+        noise = [tensor for device, keys in self.keys.items() for tensor in (*keys, clock.tensor(device, state))]
         return [*noise, *(widths.tensor() for widths in self.widths)]
 
 
 class Bindings:
-    """A `Binding` for each set of Parameters that one graph is called with, made at their first call.
+    """A `Binding` for each set of weights that one graph is called with, made at their first call.
 
     Args:
         layout: what the graph takes behind its own inputs.
-        weights: the weights that it samples.
+        weights: all of its weights, those that are left alone too.
         seed: that of the keys.
-        registry: names the weights that draw noise, and those with learned widths.
-        sampled: is told of every set.
+        slots: finds the weights.
+        registry: names those that draw noise, and those with learned widths.
         find_widths: looks learned widths up; None where widths are fixed.
+        form_of: says by which names another form of the graph serves what it is called with; see `Binding.form`.
     """
 
     def __init__(
@@ -73,39 +112,88 @@ class Bindings:
         weights: Sequence[Weight],
         *,
         seed: int,
+        slots: WeightSlots,
         registry: WeightRegistry,
-        sampled: SampledWeights,
         find_widths: FindWidths | None,
+        form_of: Callable[[Sequence[torch.Tensor]], Mapping[str, str] | None],
     ) -> None:
-        place = {weight.position: i for i, weight in enumerate(weights)}
+        self._keyed = dict(layout.positions)
+        self._learned = [learned.position for learned in layout.learned]
+        # What has to be the same from call to call; of the others a graph takes the values alone.
+        keyed = [position for positions in self._keyed.values() for position in positions]
+        read = [weight.position for weight in weights if weight.reads and not weight.source.endswith(".data")]
+        self._needed = list(dict.fromkeys([*keyed, *self._learned, *read]))
+        self._keyed_positions = set(keyed)
         self._weights = weights
-        self._keyed = {device: [place[i] for i in positions] for device, positions in layout.positions.items()}
-        self._learned = [place[learned.position] for learned in layout.learned]
         self._seed = seed
+        self._slots = slots
         self._registry = registry
-        self._sampled = sampled
         self._find_widths = find_widths
-        self._made = WeightCache(self._make)
+        self._form_of = form_of
+        self._known: list[Binding] = []
+        self._by_ids: dict[tuple[int, ...], Binding] = {}
+        self._lock = threading.RLock()
 
-    def __call__(self, parameters: Sequence[torch.Tensor]) -> Binding:
-        """The binding of these Parameters, one for each of the weights.
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> Binding:
+        """The binding of the weights among a graph's inputs.
 
         Raises:
-            ValueError: a Parameter that is new has another shape than a loaded state says, or than its bit widths.
+            ValueError: a weight that is new has another shape than a loaded state says, or than its bit widths.
         """
-        return self._made(parameters)
+        tensors = [inputs[position] for position in self._needed]
+        # Where nothing is needed, for the record alone.
+        ids = tuple(map(id, tensors or self._parameters(inputs)))
+        found = self._by_ids.get(ids)
+        if found is None or not found.holds(tensors):
+            with self._lock:
+                found = self._look_up(inputs, tensors)
+                if len(self._by_ids) >= _MOST_IDS:
+                    self._by_ids = {}
+                self._by_ids[ids] = found
+        return found
 
-    def _make(self, parameters: Sequence[torch.Tensor]) -> Binding:
-        keys = {}
-        for device, places in self._keyed.items():
-            self._register(parameters, places)
-            names = self._registry.names([parameters[i] for i in places])
-            keys[device] = key_tensors(self._seed, names, device)
-        self._sampled.record(parameters, self._weights)
-        if self._find_widths is None:
-            return Binding(keys, ())
-        self._register(parameters, self._learned)
-        return Binding(keys, self._find_widths([parameters[i] for i in self._learned]))
+    def _parameters(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        given = (inputs[weight.position] for weight in self._weights)
+        return [tensor for tensor in given if isinstance(tensor, nn.Parameter)]
 
-    def _register(self, parameters: Sequence[torch.Tensor], places: Sequence[int]) -> None:
-        self._registry.register([parameters[i] for i in places], [self._weights[i].name for i in places])
+    def _look_up(self, inputs: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> Binding:
+        if self._needed:
+            different = len(set(map(id, tensors)))  # fewer, where weights have been tied
+            for known in reversed(self._known):
+                if len(set(known.slots)) == different and known.holds(tensors):
+                    return known
+        made = self._make(inputs)
+        same = [known for known in self._known if known.slots != made.slots and all(s.is_alive() for s in known.slots)]
+        self._known = [*same, made]
+        return made
+
+    def _make(self, inputs: Sequence[torch.Tensor]) -> Binding:
+        weights = {
+            weight.position: weight
+            for weight in self._weights
+            if weight.position in self._needed or isinstance(inputs[weight.position], nn.Parameter)
+        }
+        found = self._slots.find([inputs[p] for p in weights], [weight.name for weight in weights.values()])
+        slots = dict(zip(weights, found, strict=True))
+        needed = [slots[position] for position in self._needed]
+        form = self._form_of([inputs[weight.position] for weight in self._weights])
+        if form is not None:
+            return Binding(needed, [], {}, (), form=form)
+        for position, weight in weights.items():
+            slots[position].add(weight)
+        keys, noisy = {}, []
+        for device, positions in self._keyed.items():
+            members = [slots[position] for position in positions]
+            self._registry.register(members)
+            noisy += members
+            keys[device] = key_tensors(self._seed, [slot.name or "" for slot in members], device)
+        widths: Sequence[WidthInput] = ()
+        if self._find_widths is not None:
+            widths = self._find_widths(
+                [inputs[position] for position in self._learned],
+                [slots[position] for position in self._learned],
+                [position in self._keyed_positions for position in self._learned],
+            )
+        trained = {p: weight for p, weight in weights.items() if weight.reason is None and weight.trainable}
+        reads = {slots[p]: frozenset(read.noisy for read in weight.reads) for p, weight in trained.items()}
+        return Binding(needed, noisy, keys, widths, reads=reads)

@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..torch_internals.distributed import data_parallel_groups, pipeline_stage_index
-from ..weight_names import clean, stage_prefix
+from ..weight_names import stage_prefix
 
 _FILES = ("torch.nn.modules.module", "torch.distributed.pipelining.stage")
 
@@ -38,25 +37,23 @@ class CallStack:
     """The modules and the pipeline stage that the current call comes from.
 
     Attributes:
-        root: the outermost module; None where a function was compiled and no module is on the stack.
+        modules: the modules, from the inside outwards.
         groups: the process groups over which the innermost data-parallel module averages gradients.
+        prefix: of the pipeline stage, empty where there is none.
     """
 
     def __init__(self) -> None:
-        self.root: nn.Module | None = None
+        self.modules: list[nn.Module] = []
         self.groups: tuple[Any, ...] = ()
-        self._prefix = ""
+        self.prefix = ""
         for this in _callers():
             if isinstance(this, nn.Module):
-                self.root = this
+                self.modules.append(this)
                 self.groups = self.groups or data_parallel_groups(this)
             elif (index := pipeline_stage_index(this)) is not None:
-                self._prefix = stage_prefix(index)
-        self._names: dict[int, str] = {}
-        if self.root is not None:
-            for name, parameter in self.root.named_parameters(remove_duplicate=False):
-                self._names.setdefault(id(parameter), clean(name))
+                self.prefix = stage_prefix(index)
 
-    def name(self, weight: torch.Tensor, relative: str) -> str:
-        """The weight's name in the root; ``relative``, its name in the graph, where the root does not hold it."""
-        return self._prefix + self._names.get(id(weight), relative)
+    @property
+    def root(self) -> nn.Module | None:
+        """The outermost module; None where a function was compiled and no module is on the stack."""
+        return self.modules[-1] if self.modules else None

@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import threading
+from typing import NamedTuple
 
 import torch
 
 from ..numerics.primitives import wrap_int32
+from ..torch_internals.modes import plain_tensors
+
+
+class DrawState(NamedTuple):
+    """What a forward sees of the clock.
+
+    Attributes:
+        step: number of the draw, from 0.
+        enabled: False where noise is switched off.
+        frozen: learned widths are fixed.
+    """
+
+    step: int
+    enabled: bool
+    frozen: bool
+
+    def without_noise(self) -> DrawState:
+        """The same with noise switched off."""
+        return self._replace(enabled=False)
 
 
 class Clock:
     """Counts draws.
 
     An optimizer step (or `tick`) asks for a new draw; it begins with the next training forward. So several optimizers
-    stepping one after another make one new draw, and forwards that activation checkpointing runs again inside backward
-    see the draw of their first run.
+    stepping one after another make one new draw.
 
     The tensors are never changed in place: a graph that saved one for backward still computes with its own draw after
     the next has begun.
 
     Attributes:
         step: number of the current draw, from 0.
-        enabled: False while noise is switched off.
         pending: a new draw has been asked for.
         frozen: learned widths are fixed.
         drawn: a training forward has seen the current draw.
@@ -29,12 +47,26 @@ class Clock:
 
     def __init__(self) -> None:
         self.step = 0
-        self.enabled = True
         self.pending = False
         self.frozen = False
         self.drawn = False
-        self._tensors: dict[torch.device, tuple[tuple[int, bool, bool], torch.Tensor]] = {}
+        self._switch = threading.local()
+        self._tensors: dict[torch.device, dict[DrawState, torch.Tensor]] = {}
         self._lock = threading.Lock()
+
+    @property
+    def enabled(self) -> bool:
+        """False while noise is switched off in this thread."""
+        return getattr(self._switch, "enabled", True)
+
+    @enabled.setter
+    def enabled(self, enabled: bool) -> None:
+        self._switch.enabled = enabled
+
+    @property
+    def state(self) -> DrawState:
+        """What a forward in this thread sees now."""
+        return DrawState(self.step, self.enabled, self.frozen)
 
     def tick(self) -> None:
         """Ask for a new draw, beginning with the next training forward."""
@@ -61,14 +93,17 @@ class Clock:
                 self.step += self.pending
                 self.pending = False
 
-    def tensor(self, device: torch.device) -> torch.Tensor:
+    def tensor(self, device: torch.device, state: DrawState) -> torch.Tensor:
         """int32 (3,): the draw's number; -1 to draw or 0 to leave the weights as they are; -1 for frozen widths."""
-        now = (self.step, self.enabled, self.frozen)
-        made, tensor = self._tensors.get(device, (None, None))
-        if tensor is None or made != now:
-            # Filled by kernels whose scalars are launch arguments: no copy from the host, so no synchronization.
-            tensor = torch.full((3,), wrap_int32(self.step), dtype=torch.int32, device=device)
-            tensor[1].fill_(-int(self.enabled))
-            tensor[2].fill_(-int(self.frozen))
-            self._tensors[device] = (now, tensor)
+        made = self._tensors.get(device, {})
+        tensor = made.get(state)
+        if tensor is None:
+            with plain_tensors():
+                # Filled by kernels whose scalars are launch arguments: no copy from the host, so no synchronization.
+                tensor = torch.full((3,), wrap_int32(state.step), dtype=torch.int32, device=device)
+                tensor[1].fill_(-int(state.enabled))
+                tensor[2].fill_(-int(state.frozen))
+            # Beside the current one those of forwards that are run again: few, and none older than the last two draws.
+            kept = {known: one for known, one in list(made.items()) if known.step >= state.step - 1}
+            self._tensors[device] = {**kept, state: tensor} if len(kept) < 8 else {state: tensor}
         return tensor

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..numerics.keys import key_words
+from ..torch_internals.modes import plain_tensors
 
 
 def key_tensors(seed: int, names: Sequence[str], device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -21,5 +22,6 @@ def key_tensors(seed: int, names: Sequence[str], device: torch.device) -> tuple[
         int32, (2,) each: `gws_compile.numerics.keys.key_words`.
     """
     # Each of them at a multiple of 16 bytes, or Inductor would copy it at each call.
-    table = torch.tensor([[*key_words(seed, name), 0, 0] for name in names], dtype=torch.int32, device=device)
-    return tuple(row[:2] for row in table.unbind())
+    with plain_tensors():
+        table = torch.tensor([[*key_words(seed, name), 0, 0] for name in names], dtype=torch.int32, device=device)
+        return tuple(row[:2] for row in table.unbind())

@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Sequence
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import fx
 
 from .lookup import find
+from .modules import modules_alive
 
 
 def inductor_compile(
@@ -45,23 +47,64 @@ def default_backend() -> str | Callable[..., Any]:
 
 
 def compile_in_place(module: torch.nn.Module, compile: Callable[..., Any], **arguments: Any) -> None:
-    """``module.compile(...)``, also for torch's own containers, whose frame Dynamo skips.
+    """``module.compile(...)``, also for torch's own modules, whose frame Dynamo skips.
 
-    Relies on ``_compiled_call_impl``, which Module.compile sets, on ``_call_impl``, and on ``trace_rules.check``, by
-    which ``torch.compile(module)`` tells such modules. Checked on torch 2.11 and 2.13.
+    Relies on ``_compiled_call_impl``, which Module.compile sets, and on ``_call_impl``. Checked on torch 2.11 and 2.13.
     """
     if module._compiled_call_impl is not None:
         return
-    forward: Callable[..., Any] = module._call_impl
-    if find("torch._dynamo.trace_rules", "check")(module.forward):
-        this = weakref.ref(module)
+    module._compiled_call_impl = compile(traceable(module._call_impl), **arguments)
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            called = this()
-            assert called is not None
-            return called._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    module._compiled_call_impl = compile(forward, **arguments)
+def traceable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What ``Module.compile`` gives to ``torch.compile``, in a form of which Dynamo traces a frame.
+
+    For the bound ``_call_impl`` of one of torch's own modules a function around it, as ``torch.compile(module)`` makes
+    one; everything else as it is. The function has code of its own: Dynamo keeps what it knows by code, and would leave
+    all modules alone that share a wrapper's code with one that it could not trace.
+
+    Relies on ``Module._call_impl``. Checked on torch 2.11 and 2.13.
+    """
+    module = getattr(function, "__self__", None)
+    if not isinstance(module, torch.nn.Module) or function != module._call_impl or not _is_skipped(module.forward):
+        return function
+    this = weakref.ref(module)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        called = this()
+        assert called is not None
+        return called._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    forward.__code__ = forward.__code__.replace()
+    return forward
+
+
+def is_traced(module: torch.nn.Module) -> bool:
+    """Whether Dynamo traces the ``forward`` of a module on which ``module.compile()`` was called.
+
+    It skips the frames of torch's own files, also where a user's class inherits such a ``forward``: nothing is compiled
+    of ``nn.Linear(...).compile()`` or ``nn.Sequential(...).compile()``, but for the modules inside whose ``forward`` is
+    a user's. Of a user's ``forward`` in one of torch's decorators (``torch.autocast``) the inner frame is traced.
+
+    Relies on ``torch._dynamo.config.wrap_top_frame``. Checked on torch 2.11 and 2.13.
+    """
+    if find("torch._dynamo", "config").wrap_top_frame:
+        return True
+    function: Any = module.forward
+    while _is_skipped(function):
+        if not hasattr(function, "__wrapped__"):
+            return False
+        function = function.__wrapped__
+    return True
+
+
+def _is_skipped(function: object) -> bool:
+    """Whether Dynamo skips the frames of a function, as ``torch.compile(module)`` asks for a module's ``forward``.
+
+    Relies on ``trace_rules.check``, which fails on callables that are no functions. Checked on torch 2.11 and 2.13.
+    """
+    known = isinstance(function, (FunctionType, MethodType))
+    return known and bool(find("torch._dynamo.trace_rules", "check")(function))
 
 
 def is_compiled(module: torch.nn.Module) -> bool:
@@ -102,7 +145,81 @@ def is_given_to_compile(backend: object) -> bool:
 
     Looks at every object that the garbage collector knows: some 50 ms.
 
-    Relies on ``torch._TorchCompileWrapper`` and its ``compiler_fn``. Checked on torch 2.11 and 2.13.
+    Relies on ``torch._TorchCompileWrapper``. Checked on torch 2.11 and 2.13.
     """
     wrapper = find("torch", "_TorchCompileWrapper")
-    return any(type(thing) is wrapper and thing.compiler_fn is backend for thing in gc.get_objects())
+    return any(type(thing) is wrapper and backend_of(thing) is backend for thing in gc.get_objects())
+
+
+def compiled_modules(backend: object) -> list[torch.nn.Module]:
+    """Every module that is alive and was compiled with this backend, each once.
+
+    Those inside ``torch.compile(module, backend=backend)``, and those on which ``module.compile(backend=backend)`` was
+    called. Looks at every object that the garbage collector knows: some 50 ms.
+
+    Relies on what `_context_of` does, and on ``OptimizedModule._orig_mod``. Checked on torch 2.11 and 2.13.
+    """
+    optimized = find("torch._dynamo.eval_frame", "OptimizedModule")
+    found: dict[int, torch.nn.Module] = {}
+    for module in modules_alive():
+        if _is_of(_context_of(module), backend):
+            inside = module._orig_mod if isinstance(module, optimized) else module
+            found.setdefault(id(inside), inside)
+    return list(found.values())
+
+
+def untraced_of(modules: Sequence[torch.nn.Module], backend: object) -> list[torch.nn.Module]:
+    """Those of the `compiled_modules` of a backend of which torch traces nothing, whatever the backend.
+
+    Neither their own ``forward`` nor that of a module inside: see `is_traced`.
+
+    ``torch.compile(module)`` has its own way round, and so has `compile_in_place`.
+
+    Relies on what `_context_of` does, and on ``_torchdynamo_orig_callable``, the function that was compiled.
+    Checked on torch 2.11 and 2.13.
+    """
+    return [
+        module
+        for module in modules
+        if module._compiled_call_impl is not None
+        and getattr(module._compiled_call_impl, "_torchdynamo_orig_callable", None) == module._call_impl
+        and _is_of(_context_of(module), backend)
+        and not any(is_traced(part) for part in module.modules())
+    ]
+
+
+def backend_of(wrapper: Any) -> object:
+    """The backend in what torch makes of the ``backend`` argument.
+
+    A name stands for a function that may tell by ``stands_for(options)`` which backend it stands for.
+
+    Relies on ``torch._TorchCompileWrapper``, its ``compiler_fn`` and ``kwargs``. Checked on torch 2.11 and 2.13.
+    """
+    given = wrapper.compiler_fn
+    stands_for = getattr(given, "stands_for", None)
+    return given if stands_for is None else stands_for(wrapper.kwargs.get("options"))
+
+
+def _context_of(module: torch.nn.Module) -> Any:
+    """The context with which torch runs a compiled module; None for a module that is not compiled.
+
+    ``torch.compile(module)`` keeps it as ``dynamo_ctx``. ``module.compile()`` keeps, as ``_compiled_call_impl``, what
+    ``torch.compile`` makes of ``module._call_impl``: a function that has its context as ``self`` in its closure.
+
+    Relies on ``OptimizedModule.dynamo_ctx`` and ``Module._compiled_call_impl``. Checked on torch 2.11 and 2.13.
+    """
+    if isinstance(module, find("torch._dynamo.eval_frame", "OptimizedModule")):
+        return module.dynamo_ctx
+    compiled = vars(module).get("_compiled_call_impl")
+    names = getattr(getattr(compiled, "__code__", None), "co_freevars", ())
+    if "self" not in names:
+        return None
+    return getattr(compiled, "__closure__", ())[names.index("self")].cell_contents
+
+
+def _is_of(context: Any, backend: object) -> bool:
+    """Whether the innermost backend behind a context's callback is this one."""
+    given = getattr(context, "callback", None)
+    while (inside := getattr(given, "_torchdynamo_orig_backend", None)) is not None:
+        given = inside
+    return type(given) is find("torch", "_TorchCompileWrapper") and backend_of(given) is backend

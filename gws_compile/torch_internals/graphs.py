@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from typing import Any
 
+import torch
 from torch import fx
 
 from .lookup import find
@@ -33,6 +34,37 @@ def example_value(node: fx.Node) -> Any:
     return node.meta.get("example_value")
 
 
+def tensor_subclass(node: fx.Node) -> type | None:
+    """The class of an input whose operations are its own: one with tensors inside, or with ``__torch_function__``.
+
+    Relies on ``torch.utils._python_dispatch.is_traceable_wrapper_subclass``, and on ``fx.Node.type`` being the class of
+    the real input, whose fake value is a plain one where it has no tensors inside. Checked on torch 2.11 and 2.13.
+
+    Returns:
+        The class; None for an ordinary tensor or Parameter.
+    """
+    value = example_value(node)
+    if find("torch.utils._python_dispatch", "is_traceable_wrapper_subclass")(value):
+        return type(value)
+    kind = node.type
+    if not isinstance(kind, type) or not issubclass(kind, torch.Tensor):
+        return None
+    plain = [
+        getattr(one.__torch_function__, "__func__", one.__torch_function__)
+        for one in (torch.Tensor, torch.nn.Parameter)
+    ]
+    own = kind.__torch_function__
+    return None if getattr(own, "__func__", own) in plain else kind
+
+
+def set_gradients(graph: fx.Graph, enabled: bool) -> fx.Node:
+    """Add a node that switches gradients on or off for those behind it, as ``no_grad`` in the model does.
+
+    Relies on ``torch._C._set_grad_enabled``. Checked on torch 2.11 and 2.13.
+    """
+    return graph.call_function(find("torch._C", "_set_grad_enabled"), (enabled,))
+
+
 def add_placeholder(graph: fx.Graph, name: str, example_value: object) -> fx.Node:
     """Append an input that Dynamo knows nothing of, behind the last placeholder.
 
@@ -52,7 +84,7 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy whose graph may be changed: new nodes, same submodules and attributes, Dynamo's metadata carried over.
 
     Relies on ``GraphModule.meta``, ``_param_name_to_source``, each placeholder's ``_dynamo_source`` and
-    ``Graph._codegen``. Checked on torch 2.11 and 2.13.
+    ``meta["grapharg"]``, and ``Graph._codegen``. Checked on torch 2.11 and 2.13.
     """
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
@@ -60,8 +92,12 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     old_output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
     graph.output(output).meta.update(old_output.meta)
     for old, new in mapping.items():
+        # It has a weak reference to the input, for as long as the graph is kept; and swap_tensors refuses such tensors.
+        given = new.meta.pop("grapharg", None)
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
+        elif given is not None:
+            new._dynamo_source = given.source
     graph._codegen = gm.graph._codegen
     copied = fx.GraphModule(gm, graph)
     copied.meta = dict(gm.meta)

@@ -48,6 +48,7 @@ def test_what_is_timed_is_the_sample() -> None:
     assert (noisy != 0).float().mean().item() == pytest.approx(0.3173, abs=0.005)  # erfc(1 / sqrt 2)
 
 
+@pytest.mark.slow
 def test_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
     step = importlib.import_module("step")

@@ -88,7 +88,8 @@ def test_another_seed_hits_and_draws_otherwise(process, cold):
         pytest.param({"noise": "uniform"}, marks=pytest.mark.slow),
         pytest.param({"block": [16, 16]}, marks=pytest.mark.slow),
         pytest.param({"bits": 4.5}, marks=pytest.mark.slow),
-        {"backward": "recompute"},  # the marks of what backward computes again are no part of a cache's key
+        # The marks of what backward computes again are no part of a cache's key.
+        pytest.param({"backward": "recompute"}, marks=pytest.mark.slow),
         {"stale": True},
     ],
     ids=str,

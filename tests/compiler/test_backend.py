@@ -16,11 +16,7 @@ import gws_compile
 from gws_compile.command_line.named_backend import named_backend
 from gws_compile.numerics.keys import key_words
 
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("reset")
 
 
 def linear(rows=40, cols=72):
@@ -95,9 +91,21 @@ def test_noise_in_every_forward():
     compiled = torch.compile(model, backend=backend)
     for draw in (1, 2, 3):
         assert torch.equal(used_weight(compiled), oracle(model[0].weight, "0.weight", draw))
-    out = checkpoint(compiled, torch.eye(72), use_reentrant=False)
-    with pytest.raises(RuntimeError, match=r'resample="forward" draws new noise in every forward.*use resample="step"'):
-        out.sum().backward()
+
+
+def test_noise_in_every_graph_of_a_forward():
+    class Twice(OneLayer):
+        def forward(self, x):
+            first = self.fc(x)
+            torch._dynamo.graph_break()
+            return first, self.fc(x)
+
+    model = Twice(bias=False)
+    compiled = torch.compile(model, backend=gws_compile.backend(inner="eager", resample="forward"))
+    for draws in ((1, 2), (3, 4)):
+        used = [y.detach().t() for y in compiled(torch.eye(40))]
+        for weight, draw in zip(used, draws, strict=True):
+            assert torch.equal(weight, oracle(model.fc.weight, "fc.weight", draw))
 
 
 def test_layers_that_share_a_graph_draw_their_own_noise():
@@ -267,8 +275,11 @@ class TwoLayers(nn.Module):
 
 def test_report():
     backend = gws_compile.backend("fp6_e3m2", inner="eager")
-    compiled = torch.compile(TwoLayers(), backend=backend)
     assert "nothing has been compiled" in str(backend.report())
+    compiled = torch.compile(TwoLayers(), backend=backend)
+    assert [(r.name, r.op, r.rewritten) for r in backend.report()] == [
+        ("fc.weight", "", False), ("lm_head.weight", "", False)
+    ]  # fmt: skip
     with torch.no_grad():
         compiled(torch.ones(2, 4))
     assert backend.report().rewritten[0].noise == "none"

@@ -171,7 +171,12 @@ def test_the_coefficient_pulls_to_the_target():
 
 
 @pytest.mark.parametrize(
-    ("average", "lr", "granularity"), [(5.0, 0.02, "block"), (3.2, 0.005, "block"), (8.0, 0.02, "weight")]
+    ("average", "lr", "granularity"),
+    [
+        (5.0, 0.02, "block"),
+        pytest.param(3.2, 0.005, "block", marks=pytest.mark.slow),
+        pytest.param(8.0, 0.02, "weight", marks=pytest.mark.slow),
+    ],
 )
 def test_the_average_is_met(average, lr, granularity):
     """With the term as it is, in one graph."""
@@ -279,7 +284,10 @@ def test_a_width_that_no_optimizer_holds_is_said():
         warnings.simplefilter("error", gws_compile.GwsWarning)
         for _ in range(9):
             step()
-    with pytest.warns(gws_compile.GwsWarning, match="no optimizer has the bit widths, which do get gradients"):
+    with pytest.warns(
+        gws_compile.GwsWarning,
+        match=r"no optimizer has the bit widths of up.weight, down.weight, which do get gradients",
+    ):
         step()
 
 

@@ -14,6 +14,7 @@ SMALL = {
     "vocab_size": 96, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0, "use_cache": False,
 }  # fmt: skip
 ROUTER, HEAD = "matches the exclude pattern '*.gate.weight'", "matches the exclude pattern 'lm_head.*'"
+EXPERTS = "transformers::grouped_mm_fallback"
 TIED = "also an embedding table (tied); name it in include to rewrite its matrix products"
 LOOKUP = "embedding look-up"
 
@@ -32,7 +33,7 @@ def build(name: str, **settings: object) -> torch.nn.Module:
              "head_dim": 8},
             {"self_attn.q_proj.weight": "linear", "self_attn.k_proj.weight": "linear",
              "self_attn.v_proj.weight": "linear", "self_attn.o_proj.weight": "linear",
-             "mlp.experts.gate_up_proj": "grouped_mm_fallback", "mlp.experts.down_proj": "grouped_mm_fallback"},
+             "mlp.experts.gate_up_proj": EXPERTS, "mlp.experts.down_proj": EXPERTS},
             {"model.embed_tokens.weight": LOOKUP, "model.layers.0.mlp.gate.weight": ROUTER, "lm_head.weight": HEAD},
         ),
         (
@@ -40,7 +41,7 @@ def build(name: str, **settings: object) -> torch.nn.Module:
             {"num_key_value_heads": 2, "num_local_experts": 4},
             {"self_attn.q_proj.weight": "linear", "self_attn.k_proj.weight": "linear",
              "self_attn.v_proj.weight": "linear", "self_attn.o_proj.weight": "linear",
-             "mlp.experts.gate_up_proj": "grouped_mm_fallback", "mlp.experts.down_proj": "grouped_mm_fallback"},
+             "mlp.experts.gate_up_proj": EXPERTS, "mlp.experts.down_proj": EXPERTS},
             {"model.embed_tokens.weight": LOOKUP, "model.layers.0.mlp.gate.weight": ROUTER, "lm_head.weight": HEAD},
         ),
         (

@@ -9,11 +9,7 @@ from torch import nn
 
 import gws_compile
 
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("reset")
 
 
 @contextlib.contextmanager
@@ -70,7 +66,10 @@ def test_multihead_attention(settings, backward):
     loss_of(torch.compile(model, backend=backend)(x)).backward()
     assert {r.name: r.op for r in backend.report().rewritten} == dict.fromkeys(names, ATTENTION)
     assert {r.name: r.reason for r in backend.report().skipped} == (
-        dict.fromkeys(("mha.bias_k", "mha.bias_v"), f"no matrix product or convolution reads it, only: {ATTENTION}")
+        {
+            f"mha.{bias}": f"no matrix product or convolution reads it, only: {ATTENTION}, as its {bias}"
+            for bias in ("bias_k", "bias_v")
+        }
         if "add_bias_kv" in settings
         else {}
     )

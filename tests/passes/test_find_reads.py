@@ -3,22 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support.graphs import reasons
+from support.graphs import Reader, reasons
 from torch import nn
 
 import gws_compile
-
-
-class Reader(nn.Module):
-    """A module with one weight, read by a given function."""
-
-    def __init__(self, shape, read):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(shape))
-        self.read = read
-
-    def forward(self, x):
-        return self.read(x, self.weight)
 
 
 def report(model, *args, **settings):
@@ -85,10 +73,12 @@ BATCH = torch.ones(3, 2, 4)
 def test_reads(x, shape, read, op):
     if read is None:
         with pytest.warns(gws_compile.GwsWarning, match="no weight has been rewritten"):
-            assert report(Reader(shape, lambda x, w: x @ w.view(4, 5)), x) == {}  # one dim: a vector is no weight
+            assert (
+                report(Reader(torch.ones(shape), lambda x, w: x @ w.view(4, 5)), x) == {}
+            )  # one dim: a vector is no weight
         return
     backend = gws_compile.backend(inner="eager")
-    torch.compile(Reader(shape, read), backend=backend, fullgraph=True)(x)
+    torch.compile(Reader(torch.ones(shape), read), backend=backend, fullgraph=True)(x)
     (record,) = backend.report().rewritten
     assert record.op == ", ".join(op.split(", "))
     assert record.name == "weight"
@@ -107,14 +97,14 @@ def test_reads(x, shape, read, op):
         (torch.tensor([1, 2]), (5, 4), lambda x, w: w[x], "only: the graph's output"),
         (X, (2, 4), lambda x, w: x + w, "no matrix product or convolution reads it, only: add"),
         (X, (2, 4), lambda x, w: F.layer_norm(x, (2, 4), w), "only: layer_norm"),
-        (X, (2, 4), lambda x, w: F.linear(w, x), "only: linear"),
+        (X, (2, 4), lambda x, w: F.linear(w, x), "only: linear, as its input"),
         (X, (5, 4), lambda x, w: x.sum() * torch.tanh(w), "only: tanh"),
         (X, (2, 4), lambda x, w: x.view(w.shape).view_as(w), "not used in the graph"),
         (X.double(), (5, 4), lambda x, w: F.linear(x, w.double()), None),
     ],
 )
 def test_left_alone(x, shape, read, reason):
-    found = report(Reader(shape, read), x)
+    found = report(Reader(torch.ones(shape), read), x)
     if reason is None:
         assert found == {"weight": "linear"}
     else:
@@ -128,7 +118,7 @@ def test_written_in_place():
             w.mul_(0.5)
         return F.linear(x, w)
 
-    assert report(Reader((5, 4), read), X) == {"weight": "written in place inside the graph"}
+    assert report(Reader(torch.ones(5, 4), read), X) == {"weight": "written in place inside the graph"}
 
 
 @pytest.mark.filterwarnings("ignore::gws_compile.GwsWarning")
@@ -140,12 +130,14 @@ def test_written_in_place_by_a_product_of_parameters_alone():
             w @= w
         return x @ w
 
-    assert report(Reader((4, 4), read), X) == {"weight": "written in place inside the graph"}
+    assert report(Reader(torch.ones(4, 4), read), X) == {"weight": "written in place inside the graph"}
 
 
 @pytest.mark.filterwarnings("ignore::gws_compile.GwsWarning")
 def test_float64_weights_are_not_sampled():
-    assert report(Reader((5, 4), F.linear).double(), X.double()) == {"weight": "float64 weights are not sampled"}
+    assert report(Reader(torch.ones(5, 4), F.linear).double(), X.double()) == {
+        "weight": "float64 weights are not sampled"
+    }
 
 
 class TiedHead(nn.Module):
@@ -215,12 +207,15 @@ def test_exclude_nothing():
     [
         ("L['self']._modules['h']._modules['0']._modules['fc']._parameters['weight']", "h.0.fc.weight"),
         ("L['self']._modules['_orig_mod']._modules['fc']._parameters['weight']", "fc.weight"),
-        ("L['self']._modules['module']._modules['module']._modules['fc']._parameters['weight']", "fc.weight"),
+        ("L['self']._modules['module']._modules['fc']._parameters['weight']", "module.fc.weight"),
         ("L['self']._modules['a']._modules['_checkpoint_wrapped_module']._parameters['w']", "a.w"),
         ("L['self']._modules['_fsdp_wrapped_module']._parameters['w']", "w"),
         ("L['self']._modules['enc']._modules['module']._parameters['w']", "enc.module.w"),
         ("L['fn']._parameters['weight']", "weight"),
         ("L['fn'].weight", "weight"),
+        ("L['w']", "w"),
+        ("L['self'].__dict__['_modules']['lm_head']._parameters['weight']", "lm_head.weight"),
+        ("unknown(L['self'], 3)", "unknown(L['self'], 3)"),
     ],
 )
 def test_qualified_names(source, name):

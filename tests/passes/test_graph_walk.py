@@ -4,28 +4,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gws_compile.passes import rewrite
-from gws_compile.passes.graph_walk import body_of, copy_with_bodies, graphs, nodes, samples, walk
+from gws_compile.passes.bodies import body_of, copy_with_bodies, graphs, nodes
+from gws_compile.passes.gradient_modes import gradient_modes
+from gws_compile.passes.graph_walk import samples, walk
 from gws_compile.passes.operations import name_of
-from support.graphs import rewritten_graph, show
+from support.graphs import Reader, rewritten_graph, show
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gws_compile
 from gws_compile.config import Config
 
-X = torch.ones(2, 4)
-
-
-class Reader(nn.Module):
-    """A module with one weight, used by a given function."""
-
-    def __init__(self, use, shape=(4, 4)):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(shape))
-        self.use = use
-
-    def forward(self, x):
-        return self.use(x, self.weight)
+X, W = torch.ones(2, 4), torch.ones(4, 4)
 
 
 def checkpointed(use):
@@ -94,6 +84,7 @@ BODY = "body tag_activation_checkpoint"
         (lambda x, w: torch.matmul(x, other=w.t()), ["view t > read matmul"]),
         (lambda x, w: torch.addmm(torch.zeros(4), mat1=x, mat2=w), ["read addmm"]),
         (lambda x, w: torch.addmm(input=w[0], mat1=x, mat2=w), ["read addmm", "view getitem > other addmm"]),
+        (lambda x, w: x @ (2 * w), ["scaled mul > read matmul"]),
         # to what is no read
         (lambda x, w: (x @ w, w.t()), ["read matmul", "view t > output output"]),
         (lambda x, w: x.type_as(w) @ w, ["metadata type_as", "read matmul"]),
@@ -112,7 +103,7 @@ BODY = "body tag_activation_checkpoint"
     ],
 )
 def test_ways(use, expected):
-    assert look(Reader(use), lambda gm: ways(walk(gm, weight_of(gm))), X) == expected
+    assert look(Reader(W, use), lambda gm: ways(walk(gm, weight_of(gm))), X) == expected
 
 
 def test_a_value_that_is_written():
@@ -121,7 +112,7 @@ def test_a_value_that_is_written():
             w.mul_(0.5)
         return x @ w
 
-    assert look(Reader(use), lambda gm: ways(walk(gm, weight_of(gm))), X) == ["in_place mul_", "read matmul"]
+    assert look(Reader(W, use), lambda gm: ways(walk(gm, weight_of(gm))), X) == ["in_place mul_", "read matmul"]
 
 
 def test_a_sample_is_gone_through():
@@ -129,7 +120,7 @@ def test_a_sample_is_gone_through():
         module = rewrite(gm, Config.make("fp8_e4m3")).module
         return ways(walk(module, weight_of(module)))
 
-    model = Reader(lambda x, w: x @ w.t() + w.sum())
+    model = Reader(W, lambda x, w: x @ w.t() + w.sum())
     assert look(model, at, X) == ["other sum", "sample sample_weight > view t > read matmul"]
 
 
@@ -143,27 +134,42 @@ def test_each_place_stands_in_its_graph():
         assert (inside.node.op, inside.node.graph) == ("placeholder", inside.module.graph)
         assert body_of(gm, inside.steps[0].node) is None
 
-    look(Reader(checkpointed(F.linear)), at, X)
+    look(Reader(W, checkpointed(F.linear)), at, X)
+
+
+def without_gradients(use):
+    def under_no_grad(x, w):
+        with torch.no_grad():
+            return use(x, w)
+
+    return under_no_grad
 
 
 @pytest.mark.parametrize(
-    ("use", "leads", "only"),
+    ("use", "ends"),
     [
-        (lambda x, w: x @ w.t(), True, True),
-        (lambda x, w: (lambda v: x.type_as(v) @ v)(w.t()), True, True),
-        (lambda x, w: (lambda v: (x @ v, v.sum()))(w.t()), True, False),
-        (lambda x, w: (lambda v: (x @ v.contiguous(), v))(w.t()), True, False),
-        (lambda x, w: w.t().sum() + x, False, False),
-        (checkpointed(lambda x, w: x @ w + w.sum()), True, True),  # as a whole
-        (checkpointed(lambda x, w: x + w.sum(0)), False, True),
+        (lambda x, w: x @ w.t(), {"recorded"}),
+        (lambda x, w: (lambda v: x.type_as(v) @ v)(w.t()), {"recorded"}),
+        (lambda x, w: (lambda v: (x @ v, v.sum()))(w.t()), {"recorded", "other"}),
+        (lambda x, w: (lambda v: (x @ v.contiguous(), v))(w.t()), {"recorded", "other"}),
+        (lambda x, w: w.t().sum() + x, {"other"}),
+        (checkpointed(lambda x, w: x @ w + w.sum()), {"recorded", "other"}),
+        (checkpointed(lambda x, w: x + w.sum(0)), {"other"}),
+        # without gradients, all along the way or at one place of it
+        (without_gradients(F.linear), {"unrecorded"}),
+        (without_gradients(checkpointed(F.linear)), {"unrecorded"}),
+        (lambda x, w: x @ w.detach().t(), {"unrecorded"}),
+        (lambda x, w: x @ w.data, {"unrecorded"}),
+        (lambda x, w: x @ without_gradients(lambda x, w: w.t())(x, w), {"unrecorded"}),
+        (lambda x, w: (lambda v: x @ v + without_gradients(torch.matmul)(x, v))(w.t()), {"recorded", "unrecorded"}),
     ],
 )
-def test_where_a_use_leads(use, leads, only):
+def test_where_a_use_leads(use, ends):
     def at(gm):
-        (step,) = walk(gm, weight_of(gm)).steps
-        return step.leads_to_read, step.leads_only_to_reads
+        (step,) = walk(gm, weight_of(gm), gradient_modes(gm, torch.is_grad_enabled())).steps
+        return step.ends, step.leads_to_read
 
-    assert look(Reader(use), at, X) == (leads, only)
+    assert look(Reader(W, use), at, X) == (frozenset(ends), bool(ends - {"other"}))
 
 
 class Joined(nn.Module):

@@ -121,11 +121,11 @@ class Both(nn.Module):
         self.fc = nn.Linear(8, 8)
 
     def forward(self, x):
-        return self.fc(x) + F.linear(x, self.fc.weight * 2)
+        return self.fc(x) + F.linear(x, self.fc.weight.square())
 
 
 def test_a_weight_that_is_also_computed_with():
-    assert said(Both(), X)["fc.weight"].startswith("computed with before linear reads it: mul at ")
+    assert said(Both(), X)["fc.weight"].startswith("computed with before linear reads it: square at ")
 
 
 class Queries(nn.Module):
@@ -197,8 +197,9 @@ def test_an_operation_that_is_not_known_says_how_to_ask_for_it():
         found = said(Unknown(), X)
     line = Unknown.forward.__code__.co_firstlineno + 1
     assert found["weight"] == (
-        f"used by multiply at {__file__}:{line}, which gws_compile does not know: please report it with this line; if "
-        "it multiplies by the weight, it belongs into READS in gws_compile/passes/operations.py, else into OTHERS"
+        f"used by gws_test::multiply at {__file__}:{line}, which gws_compile does not know: please report it with this "
+        "line; if it multiplies by the weight, it belongs into READS in gws_compile/passes/operations.py, else into "
+        "OTHERS"
     )
 
 
@@ -233,6 +234,6 @@ def test_a_weight_that_an_unknown_operation_uses_too():
     assert found == {"weight": "matmul"}
     line = Twice.forward.__code__.co_firstlineno + 1
     assert [str(w.message) for w in caught] == [
-        f"weight is sampled for matmul, but multiply at {__file__}:{line} uses the weight itself: gws_compile does not "
-        "know this operation, or does not look into it"
+        f"weight is sampled for matmul, but gws_test::multiply at {__file__}:{line} uses the weight itself: "
+        "gws_compile does not know this operation, or does not look into it"
     ]

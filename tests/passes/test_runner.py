@@ -57,11 +57,11 @@ def test_passes_in_their_order_with_their_settings():
         return False
 
     config = Config.make("fp8_e4m3", backward="recompute")
-    passes = passes_of(config, is_table)
+    passes = passes_of(config, is_table=is_table)
     assert [one.name for one in passes] == NAMES
     assert [one.name for one in passes if one.without is not None] == OPTIONAL
     assert [dict(one.settings) for one in passes] == [
-        {"is_table": is_table},
+        {"names": {}, "is_table": is_table},
         {"config": config},
         {"config": config},
         {},

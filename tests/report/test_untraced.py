@@ -6,7 +6,7 @@ from torch import nn
 
 import gws_compile
 
-EXCLUDED = "matches the exclude pattern 'gate.weight'"
+EXCLUDED = "matches the exclude pattern '*.gate.weight'"
 
 
 class Block(nn.Module):
@@ -103,7 +103,7 @@ def test_a_function_has_no_weights_but_those_of_its_graphs():
     block = Block()
     assert texts(gws_compile.explain(lambda x: block(x), torch.randn(2, 8))) == {
         "fc.weight": "linear",
-        "gate.weight": EXCLUDED,
+        "gate.weight": "matches the exclude pattern 'gate.weight'",
     }
 
 
@@ -112,10 +112,11 @@ def test_the_report_of_a_training_run():
     backend = gws_compile.backend(inner="eager")
     compiled = torch.compile(model, backend=backend)
     compiled(torch.randn(2, 8)).sum().backward()
-    # One graph serves both blocks, so there is one record for their weights, sampled or not.
     assert texts(backend.report()) == {
-        "fc.weight": "linear",
-        "gate.weight": EXCLUDED,
+        "blocks.0.fc.weight": "linear",
+        "blocks.0.gate.weight": EXCLUDED,
+        "blocks.1.fc.weight": "linear",
+        "blocks.1.gate.weight": EXCLUDED,
         "bare": "no traced graph has it",
         "unused.weight": "no traced graph has it",
         "lm_head.weight": "matches the exclude pattern 'lm_head.*'",

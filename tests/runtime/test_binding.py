@@ -8,11 +8,11 @@ CPU = torch.device("cpu")
 
 
 def test_calls_are_counted_in_each_draw():
-    binding = Binding({CPU: [torch.zeros(2, dtype=torch.int32)]}, ())
+    binding = Binding((), (), {CPU: [torch.zeros(2, dtype=torch.int32)]}, ())
     assert [binding.count(draw) for draw in (0, 0, 0, 1, 1, 5)] == [1, 2, 3, 1, 2, 1]
 
 
 def test_calls_without_noise_are_not_counted():
     """Of a training graph whose weights are all frozen, a thousand calls are no repetition of a draw."""
-    binding = Binding({}, ())
+    binding = Binding((), (), {}, ())
     assert [binding.count(0) for _ in range(3)] == [0, 0, 0]

@@ -10,15 +10,10 @@ import weakref
 import pytest
 import torch
 from support.small_models import OneLayer
-from torch import nn
 
 import gws_compile
 
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("reset")
 
 
 def net():
@@ -128,14 +123,6 @@ def test_moves_between_dtypes():
     assert backend.report().skipped[0].reason == "float64 weights are not sampled"
 
 
-def test_a_weight_that_is_replaced_is_another_weight():
-    model, backend = net(), make()
-    compiled = torch.compile(model, backend=backend)
-    used(compiled)
-    model.fc.weight = nn.Parameter(torch.randn(40, 40))
-    assert torch.equal(used(compiled), sample(model, "fc.weight#1"))
-
-
 def test_threads():
     """Eight threads, each with a model of its own, meet one backend and one compiled code at once."""
     models, backend = [net() for _ in range(8)], make()
@@ -189,3 +176,33 @@ def test_a_dead_backend_follows_no_optimizer():
     del backend
     gc.collect()
     assert len(_global_optimizer_post_hooks) == before
+
+
+class TiedBlock(torch.nn.Module):
+    """The first layer's weight is read again in a block that is compiled by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.block = net().fc, net()
+        self.block.fc.weight = self.first.weight
+
+    def forward(self, x):
+        return self.block(self.first(x))
+
+
+@pytest.mark.parametrize("compiled", ["block", "both"])
+@pytest.mark.parametrize("first", ["the model", "the block"])
+def test_a_block_with_a_tied_weight_that_is_also_called_alone(compiled, first):
+    """Whoever is called, the weight has one name: that by which it was known first."""
+    model, backend = TiedBlock(), make()
+    model.block.compile(backend=backend)
+    call = torch.compile(model, backend=backend) if compiled == "both" else model
+    name = "first.weight" if first == "the model" else "fc.weight"
+    expected = gws_compile.sample(model.first.weight, "fp6_e3m2", name=name)
+    once = model.first.weight if compiled == "block" else expected  # what the first layer uses
+    for caller in ("the model", "the block") if first == "the model" else ("the block", "the model", "the block"):
+        if caller == "the model":
+            assert torch.equal(used(call), (EYE @ once.t() @ expected.t()).detach().t())
+        else:
+            assert torch.equal(used(model.block), expected)
+    assert [weight for weight, _ in backend.state_dict()["weights"]] == [name]

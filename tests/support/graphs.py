@@ -57,3 +57,15 @@ def rewritten_graph(model: torch.nn.Module, *args: torch.Tensor, **settings: obj
 def reasons(backend: gws_compile.Backend) -> dict[str, str]:
     """Weight name -> the operation that reads it, or why it was left alone."""
     return {r.name: r.op if r.rewritten else r.reason for r in backend.report()}
+
+
+class Reader(torch.nn.Module):
+    """A module with one weight, read by a given function of the input and the weight."""
+
+    def __init__(self, weight, read):
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight)
+        self.read = read
+
+    def forward(self, x):
+        return self.read(x, self.weight)

@@ -28,7 +28,7 @@ LAYERS: Sequence[frozenset[str]] = [
     frozenset({"passes"}),
     frozenset({"codegen"}),
     frozenset({"ops"}),
-    frozenset({"config", "weight_names"}),
+    frozenset({"config", "source_names", "weight_names"}),
     frozenset({"numerics"}),
     frozenset({"torch_internals"}),
     frozenset({"warning"}),

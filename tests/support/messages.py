@@ -22,12 +22,13 @@ def reasons() -> list[list[str]]:
     found = [["a DTensor with", ": only Shard and Replicate are sampled"]]  # an exception's text lies in between
     assert all(part in fixed_text() for part in found[0])
     for path in (
+        ROOT / "passes" / "find_reads.py",
         ROOT / "passes" / "select_weights.py",
         ROOT / "passes" / "insert_samples.py",
         ROOT / "gws_compile" / "report" / "untraced.py",
     ):
         tree = ast.parse(path.read_text())
-        for function in [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and _is_reason(n.name)]:
+        for function in [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and _is_reason(n)]:
             returned = [n.value for n in ast.walk(function) if isinstance(n, ast.Return) and n.value is not None]
             found += [parts for value in returned if (parts := _fixed(value, {}))]
         found += [
@@ -48,8 +49,8 @@ def fixed_text() -> str:
     return "\n".join(constants)
 
 
-def _is_reason(name: str) -> bool:
-    return name in ("_reason", "_unread", "_computed")
+def _is_reason(function: ast.FunctionDef) -> bool:
+    return function.returns is not None and ast.unparse(function.returns) in ("str", "str | None")
 
 
 def _warnings(tree: ast.Module) -> Iterator[list[str]]:
@@ -66,7 +67,7 @@ def _warnings(tree: ast.Module) -> Iterator[list[str]]:
         parameters = {a.arg for a in function.args.args}
         for call in [n for n in ast.walk(function) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]:
             is_warning = any(isinstance(a, ast.Name) and a.id == "GwsWarning" for a in call.args)
-            if not is_warning and call.func.attr != "_say":
+            if not is_warning and call.func.attr not in ("_say", "_refuse_or_say"):
                 continue
             message = call.args[0]
             if isinstance(message, ast.Name) and message.id in parameters:
@@ -82,6 +83,8 @@ def _fixed(value: ast.expr, local: dict[str, ast.expr]) -> list[str]:
         return [part] if isinstance(value.value, str) and len(part := " ".join(value.value.split())) > 3 else []
     if isinstance(value, ast.JoinedStr):
         return [part for v in value.values for part in _fixed(v, local)]
+    if isinstance(value, ast.IfExp):
+        return [part for v in (value.body, value.orelse) for part in _fixed(v, local)]
     if isinstance(value, ast.FormattedValue):
         return _fixed(value.value, local)
     if isinstance(value, ast.Name) and value.id in local:

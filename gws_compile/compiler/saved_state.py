@@ -1,0 +1,211 @@
+"""A state of `Backend.state_dict`, read and checked as a whole before any of it is taken over."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeGuard
+
+import torch
+from torch import nn
+
+from ..config import Config, LearnedBits
+from ..numerics.blocks import matrix_shape
+from ..numerics.widths import parameter_shape
+from ..torch_internals.modes import plain_tensors
+
+DRAWS = 2**32
+"""How many draws there are: a draw's number enters the noise as 32 bits, so the one behind the last is draw 0 again."""
+
+_SHOWN = 120
+"""Characters of a bad value that a message shows."""
+
+
+@dataclass(frozen=True, eq=False)
+class SavedWidths:
+    """Learned widths of a state; the tensors are copies.
+
+    Attributes:
+        bits: float32, the width parameters by the weights' names.
+        frozen: the widths are fixed.
+        steering: see `AverageConstraint.state_dict`; None for a backend without `LearnedBits.average`.
+    """
+
+    bits: dict[str, torch.Tensor]
+    frozen: bool
+    steering: dict[str, torch.Tensor] | None
+
+
+@dataclass(frozen=True, eq=False)
+class SavedState:
+    """What a backend takes over from a state.
+
+    Attributes:
+        step: number of the next forward's draw, 0 to `DRAWS` - 1.
+        shapes: the whole shapes of the sampled weights by their unique names.
+        widths: None for a backend whose widths are fixed.
+    """
+
+    step: int
+    shapes: dict[str, tuple[int, ...]]
+    widths: SavedWidths | None
+
+    @classmethod
+    def read(cls, raw: object, config: Config) -> SavedState:
+        """Read a state for a backend of these settings. Nothing is changed; keys that the backend has no use for stay.
+
+        An int may also be a 0-d tensor or an integer of numpy, which checkpoints make of it.
+
+        Raises:
+            ValueError: it is no state, or not one of this seed and format, or a value in it is of the wrong kind, out
+                of range, not finite, or of a shape that no such weight has. The message names key and value, and what
+                is accepted.
+        """
+        if not isinstance(raw, Mapping):
+            raise ValueError(f"not a state of gws_compile: it must be a mapping of its keys, got {_shown(raw)}")
+        learned = config.learned
+        required = {"seed", "fmt", "step", "weights"}
+        if learned is not None:
+            required |= {"bits", "frozen"} if learned.average is None else {"bits", "frozen", "steering"}
+        if missing := required - raw.keys():
+            has = sorted(map(str, raw))
+            raise ValueError(f"not a state of gws_compile: {', '.join(sorted(missing))} missing, got {has}")
+        _check_origin("seed", raw["seed"], _integer(raw["seed"]), config.seed)
+        _check_origin("fmt", raw["fmt"], raw["fmt"] if isinstance(raw["fmt"], str) else None, config.fmt.spec)
+        step = _integer(raw["step"])
+        if step is None or not 0 <= step < DRAWS:
+            raise _refusal("step", "an int in 0 .. 2**32 - 1", raw["step"])
+        shapes = _shapes(raw["weights"])
+        return cls(step, shapes, None if learned is None else _widths(raw, shapes, learned, config.block))
+
+
+def _check_origin(key: str, raw: object, value: object, own: object) -> None:
+    if value != own:
+        raise ValueError(f"the state was saved with {key}={_shown(raw)}, this backend has {own!r}")
+
+
+def _shapes(raw: object) -> dict[str, tuple[int, ...]]:
+    """The weights of a state."""
+    if not isinstance(raw, (list, tuple)):
+        raise _refusal("weights", "a list of [name, shape]", raw)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for position, entry in enumerate(raw):
+        key = f"weights[{position}]"
+        if not isinstance(entry, (list, tuple)) or len(entry) != 2:
+            raise _refusal(key, "a pair of name and shape", entry)
+        name, sizes = entry
+        if not isinstance(name, str) or not name:
+            raise _refusal(key, "a pair whose name is a text that is not empty", entry)
+        if name in shapes:
+            raise _refusal(key, "of a name that no other entry has", entry)
+        shape = [_integer(size) for size in sizes] if isinstance(sizes, (list, tuple)) else []
+        dims = [size for size in shape if size is not None and size >= 0]
+        if len(dims) < 2 or len(dims) != len(shape):
+            raise _refusal(key, "a pair whose shape is a list of two or more ints, none negative", entry)
+        shapes[name] = tuple(dims)
+    return shapes
+
+
+def _widths(
+    raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], learned: LearnedBits, block: tuple[int, int]
+) -> SavedWidths:
+    """The learned widths of a state."""
+    bits = raw["bits"]
+    if not isinstance(bits, Mapping):
+        raise _refusal("bits", "a mapping of weight names to float32 tensors", bits)
+    for name in bits:
+        if not isinstance(name, str) or not name:
+            raise _refusal("bits", "a mapping whose keys are weight names", name)
+    if missing := [name for name in shapes if name not in bits]:
+        raise ValueError(
+            f"the state has no bit widths for {', '.join(missing[:8])}: call Backend.prepare(model, ...) before a "
+            "state is loaded by torch.distributed.checkpoint, which fills in what is there"
+        )
+    read = {name: _finite(f"bits[{name!r}]", value) for name, value in bits.items()}
+    for name, shape in shapes.items():
+        # How many leading dims count matrices is said by the graph that reads the weight.
+        accepted = {
+            parameter_shape(*matrix_shape(shape, dims), block, learned.granularity) for dims in range(len(shape) - 1)
+        }
+        if tuple(read[name].shape) not in accepted:
+            raise ValueError(
+                f"the state was saved with bit widths of shape {tuple(read[name].shape)} for {name}, this backend has "
+                f"{' or '.join(map(str, sorted(accepted)))}"
+            )
+    frozen = int(raw["frozen"]) if isinstance(raw["frozen"], bool) else _integer(raw["frozen"])
+    if frozen not in (0, 1):
+        raise _refusal("frozen", "0 or 1", raw["frozen"])
+    return SavedWidths(read, bool(frozen), None if learned.average is None else _steering(raw["steering"]))
+
+
+def _steering(raw: object) -> dict[str, torch.Tensor]:
+    """The state of an `AverageConstraint`."""
+    keys = ("multiplier", "scale")
+    if not isinstance(raw, Mapping) or set(raw) != set(keys):
+        raise _refusal("steering", "a mapping of 'multiplier' and 'scale'", raw)
+    read = {key: _finite(f"steering[{key!r}]", raw[key]) for key in keys}
+    for key, value in read.items():
+        if value.ndim or (key == "scale" and value < 0):
+            kind = "a scalar that is not negative" if key == "scale" else "a scalar"
+            raise _refusal(f"steering[{key!r}]", kind, value)
+    return read
+
+
+def _finite(key: str, value: object) -> torch.Tensor:
+    """A copy of a float32 tensor of finite numbers, in no graph and of no mode."""
+    with plain_tensors():
+        if not _is_plain(value) or value.dtype != torch.float32:
+            raise _refusal(key, "a float32 tensor", value)
+        if not bool(value.isfinite().all()):
+            raise _refusal(key, "of finite numbers", value)
+        return value.detach().clone()
+
+
+def _is_plain(value: object) -> TypeGuard[torch.Tensor]:
+    """Whether it is a tensor with values: no fake one, none on the meta device, no DTensor, none that is sparse."""
+    if not isinstance(value, torch.Tensor) or type(value) not in (torch.Tensor, nn.Parameter):
+        return False
+    return value.layout == torch.strided and not value.is_meta
+
+
+def _integer(value: Any) -> int | None:
+    """An int; None for whatever else, bools and whole floats too."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, torch.Tensor):
+        whole = not (value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool)
+        return int(value) if _is_plain(value) and value.ndim == 0 and whole else None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _refusal(key: str, accepted: str, value: object) -> ValueError:
+    return ValueError(f"the state's {key} must be {accepted}, got {_shown(value)}")
+
+
+def _shown(value: object) -> str:
+    """A bad value, short enough for a message."""
+    if isinstance(value, torch.Tensor):
+        numbers = ""
+        if _is_plain(value) and value.numel() and (value.is_floating_point() or value.numel() <= 8):
+            numbers = f" of {_numbers(value.detach().reshape(-1))}"
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}{numbers}"
+    if isinstance(value, Mapping):
+        return f"a mapping of {_cut(list(islice(value, 20)))}"
+    return _cut(value)
+
+
+def _numbers(flat: torch.Tensor) -> str:
+    """The first numbers of a tensor; the first that are not finite, where there are some."""
+    wrong = flat[~flat.isfinite()]
+    shown: Sequence[Any] = (wrong if len(wrong) else flat)[:8].tolist()
+    return ", ".join(map(str, shown)) + (", ..." if len(flat) > len(shown) else "")
+
+
+def _cut(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."

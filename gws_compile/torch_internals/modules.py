@@ -1,0 +1,39 @@
+"""The modules of this process, and what a module itself holds as Parameters."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+
+def held_parameters(module: nn.Module) -> dict[str, Any]:
+    """The module's own Parameters by attribute, some None; in the time of ``functional_call`` what it puts there.
+
+    ``named_parameters(recurse=False)`` says the same, but this is asked at each call of a graph, for each weight.
+
+    Relies on ``nn.Module._parameters``. Checked on torch 2.11 and 2.13.
+    """
+    held: dict[str, Any] = module._parameters
+    return held
+
+
+def modules_alive() -> Iterator[nn.Module]:
+    """Every module of the process that is alive and made: among all objects, some 50 ms."""
+    things = gc.get_objects()
+    # By type: isinstance asks an object for its __class__, and lazy ones answer by doing something. No loop of Python's
+    # own, which would take several times as long.
+    kinds = set(map(id, _subclasses(nn.Module)))  # by id: a metaclass may leave its classes without a hash
+    for thing in itertools.compress(things, map(kinds.__contains__, map(id, map(type, things)))):
+        if "_parameters" in vars(thing):
+            yield thing
+
+
+def _subclasses(kind: type) -> Iterator[type]:
+    """A class and all that derive from it, some more than once."""
+    yield kind
+    for derived in type.__subclasses__(kind):
+        yield from _subclasses(derived)

@@ -1,0 +1,184 @@
+"""A weight has the name that the module that holds it gives it, whatever way Dynamo reaches it."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
+
+import gws_compile
+
+FMT = "fp4_e2m1"
+
+
+pytestmark = pytest.mark.usefixtures("reset")
+
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.lm_head = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.lm_head(self.second(self.first(x)))
+
+
+class OwnGetattr(Base):
+    def __getattr__(self, name):
+        return super().__getattr__(name)
+
+
+class SetsAttribute(Base):
+    mask = None
+
+    def forward(self, x):
+        if self.mask is None:
+            self.mask = torch.ones(1)
+        return super().forward(x)
+
+
+class ReadsDict(Base):
+    def forward(self, x):
+        for name in ("first", "second", "lm_head"):
+            x = self.__dict__["_modules"][name](x)
+        return x
+
+
+class ThroughLists(Base):
+    """Reached through plain containers that are no modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain = {"parts": [self.first, (self.second, self.lm_head)]}
+
+    def forward(self, x):
+        first, (second, head) = self.plain["parts"]
+        return head(second(first(x)))
+
+
+class Broken(Base):
+    """The rest of the frame is resumed, with what is on its stack."""
+
+    def forward(self, x):
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        x = self.second(x)
+        torch._dynamo.graph_break()
+        return self.lm_head(x)
+
+
+class BrokenInside(Base):
+    """Each layer is a frame of its own, whose source has no component of the layer."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            return x @ self.weight.t()
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.lm_head = (BrokenInside.Layer() for _ in range(3))
+
+
+MODELS = [Base, OwnGetattr, SetsAttribute, ReadsDict, ThroughLists, Broken, BrokenInside]
+
+
+@pytest.mark.parametrize("compiled", ["module", "function", "in place"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_names(kind, compiled):
+    """Report, default exclusion of output heads, ``include``, and the names that are drawn by."""
+    for settings, sampled in (({}, ["first.weight", "second.weight"]), ({"include": ["second.*"]}, ["second.weight"])):
+        torch._dynamo.reset()
+        model, backend = kind(), gws_compile.backend(FMT, inner="eager", **settings)
+        if compiled == "in place":
+            model.compile(backend=backend)
+            call = model
+        else:
+            call = torch.compile(model if compiled == "module" else lambda x: model(x), backend=backend)  # noqa: B023
+        with warnings.catch_warnings():
+            if settings and kind in (Broken, BrokenInside):  # graphs come one by one
+                warnings.simplefilter("ignore", gws_compile.GwsWarning)
+            call(torch.randn(4, 8, requires_grad=True)).sum().backward()
+        report = backend.report()
+        assert sorted(r.name for r in report) == ["first.weight", "lm_head.weight", "second.weight"]
+        assert sorted(r.name for r in report.rewritten) == sampled
+        assert sorted(name for name, _ in backend.state_dict()["weights"]) == sampled
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8, bias=False)
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+def test_a_child_that_is_called_module():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module, self.fc = Inner(), nn.Linear(8, 8, bias=False)
+
+        def forward(self, x):
+            return self.fc(self.module(x))
+
+    backend = gws_compile.backend(FMT, inner="eager", include=["module.*"])
+    model = Outer()
+    out = torch.compile(model, backend=backend)(torch.eye(8))
+    sampled = gws_compile.sample(model.module.fc.weight.detach(), FMT, name="module.fc.weight")
+    assert torch.equal(out, F.linear(F.linear(torch.eye(8), sampled), model.fc.weight))
+    assert {r.name: r.rewritten for r in backend.report()} == {"module.fc.weight": True, "fc.weight": False}
+    assert list(backend.metrics()) == ["module.fc.weight"]
+
+
+def test_a_wrapper_puts_nothing_into_a_name():
+    backend = gws_compile.backend(FMT, inner="eager")
+    torch.compile(nn.DataParallel(Inner()), backend=backend)(torch.eye(8))
+    torch._dynamo.reset()
+    torch.compile(AveragedModel(Inner()), backend=backend)(torch.eye(8))
+    assert [r.name for r in backend.report()] == ["fc.weight", "fc.weight#1"]
+
+
+@pytest.mark.parametrize("name", ["it's", 'say "w"', "a[0]", "x['y']", "m_parameters['z']", "#1"])
+def test_odd_names(name):
+    model = nn.ModuleDict({name: nn.Linear(8, 8, bias=False)})
+    backend = gws_compile.backend(FMT, inner="eager")
+    out = torch.compile(lambda x: model[name](x), backend=backend)(torch.eye(8))
+    assert torch.equal(out.detach().t(), gws_compile.sample(model[name].weight.detach(), FMT, name=f"{name}.weight"))
+    assert [r.name for r in backend.report()] == [f"{name}.weight"]
+
+
+def test_weights_that_end_alike_are_told_apart():
+    """One that no graph has is named, although a graph knows one whose whole name is the end of its name."""
+
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 8), requires_grad=False)
+
+        def forward(self, x):
+            return x @ self.weight.t()
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base, self.middle = Frozen(), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.middle(self.base(x))
+
+    model, backend = Model(), gws_compile.backend(FMT, inner="eager")
+    model.base.compile(backend=backend)
+    optimizer = torch.optim.SGD(model.middle.parameters(), lr=0.1)
+    model(torch.randn(4, 8)).sum().backward()
+    with pytest.warns(gws_compile.GwsWarning, match=r"since no compiled graph has them: middle\.weight\."):
+        optimizer.step()
+    assert [r.name for r in backend.report()] == ["base.weight", "middle.weight"]

@@ -1,0 +1,156 @@
+"""Weights that are trained without noise are said, at the latest with the first optimizer step."""
+
+import gc
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import gws_compile
+
+FMT = "fp4_e2m1"
+
+
+pytestmark = pytest.mark.usefixtures("reset")
+
+
+def said_by_training(model, call, x, steps=1):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            optimizer.zero_grad()
+            call(x).square().sum().backward()
+            optimizer.step()
+    return [str(w.message) for w in caught if issubclass(w.category, gws_compile.GwsWarning)]
+
+
+class Recurrent(nn.Module):
+    """torch leaves its frame; nothing else of it is traced, either."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.out = nn.LSTM(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.out(self.rnn(x)[0])
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "Module.compile"])
+def test_a_model_of_which_nothing_is_sampled(how):
+    model, backend = Recurrent(), gws_compile.backend(FMT, inner="eager")
+    call = torch.compile(model, backend=backend)
+    if how == "Module.compile":
+        model.compile(backend=backend)
+        call = model
+    x = torch.randn(3, 2, 8)
+    said = said_by_training(model, call, x)
+    assert any("trained without noise" in text and "rnn.weight_ih_l0, rnn.weight_hh_l0" in text for text in said)
+    reasons = {r.name: r.reason for r in backend.report()}
+    assert list(reasons) == ["rnn.weight_ih_l0", "rnn.weight_hh_l0", "out.weight"]
+    assert "torch does not trace LSTM unless" in reasons["rnn.weight_ih_l0"]
+    assert said_by_training(model, call, x, steps=60) == []  # once
+    del model, call
+    torch._dynamo.reset()
+    gc.collect()
+    assert {r.name: r.reason for r in backend.report()} == reasons  # when the model has gone
+
+
+def test_a_backend_without_a_step_lists_the_model_too():
+    backend = gws_compile.backend(FMT, inner="eager")
+    model = Recurrent()
+    compiled = torch.compile(model, backend=backend)
+    compiled(torch.randn(3, 2, 8))
+    assert [r.name for r in backend.report()] == ["rnn.weight_ih_l0", "rnn.weight_hh_l0", "out.weight"]
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: nn.Linear(8, 8), "Linear"),
+        (lambda: nn.Sequential(nn.Linear(8, 8)), "Sequential"),
+        (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), "TransformerEncoderLayer"),
+    ],
+    ids=["a leaf", "a container", "a layer"],
+)
+def test_modules_of_torch_that_are_compiled_in_place(make, name):
+    module, backend = make(), gws_compile.backend(FMT, inner="eager")
+    module.compile(backend=backend)
+    said = said_by_training(module, module, torch.randn(2, 3, 8))
+    assert len(said) == 1
+    assert f"torch traces no frame of its own modules, and {name} had module.compile(backend=...) called" in said[0]
+    torch._dynamo.reset()
+    other = gws_compile.backend(FMT, inner="eager")
+    again = make()
+    assert said_by_training(again, torch.compile(again, backend=other), torch.randn(2, 3, 8)) == []  # the remedy
+    assert other.report().rewritten
+
+
+class Foreign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ w.t()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        return grad @ w, grad.t() @ x
+
+
+@torch.library.custom_op("gws_test_plain::product", mutates_args=())
+def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return x @ w.t()
+
+
+product.register_fake(lambda x, w: x @ w.t())
+product.register_autograd(
+    lambda ctx, grad: (grad @ ctx.saved[1], grad.t() @ ctx.saved[0]),
+    setup_context=lambda ctx, inputs, output: setattr(ctx, "saved", inputs),
+)
+
+
+READS = {
+    "autograd.Function": lambda x, w: Foreign.apply(x, w),
+    "custom operator": lambda x, w: product(x, w),
+    "computed": lambda x, w: x @ (w * w.abs()).t(),
+}
+
+
+class Reads(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.first, self.big, self.how = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8)), how
+
+    def forward(self, x):
+        return READS[self.how](self.first(x), self.big)
+
+
+@pytest.mark.parametrize("how", READS)
+def test_a_weight_that_a_graph_reads_in_another_way(how):
+    model, backend = Reads(how), gws_compile.backend(FMT, inner="aot_eager")
+    said = said_by_training(model, torch.compile(model, backend=backend), torch.randn(4, 8), steps=2)
+    assert len(said) == 1
+    assert "trained without noise, though a compiled graph may multiply by them: big: " in said[0]
+    torch._dynamo.reset()
+    strict = gws_compile.backend(FMT, inner="aot_eager", strict=True, include=["*"])
+    with pytest.raises(Exception, match="big"):
+        torch.compile(Reads(how), backend=strict)(torch.randn(4, 8))
+    torch._dynamo.reset()
+    backend = gws_compile.backend(FMT, inner="aot_eager", exclude=["big"])
+    model = Reads(how)
+    assert said_by_training(model, torch.compile(model, backend=backend), torch.randn(4, 8)) == []
+
+
+def test_what_is_no_read_is_not_said():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.pos, self.table = nn.Linear(8, 8), nn.Parameter(torch.randn(4, 8)), nn.Embedding(4, 8)
+
+        def forward(self, x):
+            return self.fc(x + self.pos + self.table(torch.arange(4)))
+
+    model, backend = Model(), gws_compile.backend(FMT, inner="eager")
+    assert said_by_training(model, torch.compile(model, backend=backend), torch.randn(4, 8)) == []
