@@ -110,16 +110,42 @@ def _raising_as_own() -> Iterator[None]:
     except (SystemExit, NotFoundError):
         raise
     except BaseException as error:
-        error.__traceback__ = traceback = _own_frames(error.__traceback__)
-        _print_without_ours(error, traceback)
+        _leave_ours_out(error, set())
+        _print_without_ours(error, error.__traceback__)
         raise
 
 
-def _own_frames(traceback: TracebackType | None) -> TracebackType | None:
-    """The traceback from the program's first frame on; None where it did not come to run (a syntax error)."""
-    while traceback is not None and traceback.tb_frame.f_code.co_filename == __file__:
-        traceback = traceback.tb_next
-    return traceback
+def _leave_ours_out(error: BaseException | None, done: set[int]) -> None:
+    """Take our frames out of the traceback of an error, and of those that led to it.
+
+    Those between the program's frames, and before the first of them (all of them, where it did not come to run: a
+    syntax error). What we raise ourselves keeps those that show where.
+    """
+    if error is None or id(error) in done:
+        return
+    done.add(id(error))
+    entries = []
+    entry = error.__traceback__
+    while entry is not None:
+        entries.append(entry)
+        entry = entry.tb_next
+    raised_here = bool(entries) and _module_of(entries[-1]) not in (__name__, "") and _is_ours(entries[-1])
+    kept = [e for e in entries if _module_of(e) != __name__ and (raised_here or not _is_ours(e))]
+    following = None
+    for entry in reversed(kept):
+        entry.tb_next = following
+        following = entry
+    error.__traceback__ = following
+    _leave_ours_out(error.__cause__, done)
+    _leave_ours_out(error.__context__, done)
+
+
+def _module_of(entry: TracebackType) -> str:
+    return str(entry.tb_frame.f_globals.get("__name__", ""))
+
+
+def _is_ours(entry: TracebackType) -> bool:
+    return _module_of(entry).partition(".")[0] == __name__.partition(".")[0]
 
 
 def _print_without_ours(error: BaseException, traceback: TracebackType | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import fx
@@ -36,9 +36,23 @@ def gws(
     Raises:
         ValueError: a bad setting. RuntimeError: an option that Inductor does not have.
     """
-    options = dict(options or {})
-    settings = {name: options.pop(name) for name in NAMES if name in options}
-    return named_backend(**settings)(gm, example_inputs, mode=mode, options=options or None)
+    inductors = {key: value for key, value in (options or {}).items() if key not in NAMES}
+    return named_backend(**_settings(options))(gm, example_inputs, mode=mode, options=inductors or None)
+
+
+def stands_for(options: Mapping[str, Any] | None) -> Backend | None:
+    """The backend that the name stands for with these options; None where a setting is bad, which a call says."""
+    try:
+        return named_backend(**_settings(options))
+    except (ValueError, OSError):
+        return None
+
+
+gws.stands_for = stands_for  # type: ignore[attr-defined]  # for `gws_compile.torch_internals.compilers.backend_of`
+
+
+def _settings(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {name: value for name, value in (options or {}).items() if name in NAMES}
 
 
 def named_backend(**settings: Any) -> Backend:

@@ -51,6 +51,11 @@ def add_to(commands: Any) -> None:
         metavar="FILE",
         help="write the report there: JSON if it ends in .json, the page of gws explain if in .html, else text",
     )
+    parser.add_argument(
+        "--state",
+        metavar="FILE",
+        help="go on with the noise where the last run with this file has ended, and leave it there at the end",
+    )
     parser.add_argument("script", metavar="SCRIPT", help="the program to run")
     parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="its own arguments")
     add_settings(parser)
@@ -64,21 +69,31 @@ def run(parsed: argparse.Namespace) -> int:
         0; whatever else the script ends with comes out of it as it is.
 
     Raises:
-        UsageError: a bad setting, or no such script.
+        UsageError: a bad setting, a state that is none or another's, or no such script.
     """
     export_settings(parsed)
-    if parsed.report is not None and not Path(parsed.report).absolute().parent.is_dir():
-        raise UsageError(f"--report {parsed.report}: there is no such folder")
+    report, state = _file_of("--report", parsed.report), _file_of("--state", parsed.state)
     try:
-        file = parsed.report and str(Path(parsed.report).absolute())
-        session = RunSession(RunOptions(parsed.script, parsed.auto, file))
-    except ValueError as error:  # settings that are good one by one, but not together
+        session = RunSession(RunOptions(parsed.script, parsed.auto, report, state))
+    except ValueError as error:  # of the state, or settings that are good one by one, but not together
         raise UsageError(str(error)) from None
     session.start()
-    atexit.register(session.report.finish)  # behind the program's threads and its own exit handlers
+    atexit.register(session.finish)  # behind the program's threads and its own exit handlers
     try:
         (run_module if parsed.module else run_script)(parsed.script, parsed.arguments)
     except NotFoundError as error:
-        atexit.unregister(session.report.finish)
+        atexit.unregister(session.finish)
         raise UsageError(str(error)) from None
+    except BaseException as error:
+        session.ended_by(error)
+        raise
     return 0
+
+
+def _file_of(option: str, path: str | None) -> str | None:
+    """The whole path of a file that is to be written, since the script may change the folder."""
+    if path is None:
+        return None
+    if not Path(path).absolute().parent.is_dir():
+        raise UsageError(f"{option} {path}: there is no such folder")
+    return str(Path(path).absolute())

@@ -21,10 +21,19 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..compiler.backend import Backend
 from ..torch_internals import compilers
 from ..warning import GwsWarning
+from .model_kinds import ModelKinds
+from .named_backend import stands_for
 
 # Where a call of torch.compile passes through on its way from the user: Module.compile, torch.compiler.compile, and
 # torch.compile's own decorator form.
 _PASSED_THROUGH = ("torch", "torch.compiler", "torch.nn.modules.module")
+
+
+AUTO = "--auto"
+"""Makes a call of a module that is trained."""
+
+AUTO_COPY = "--auto, for a copy"
+"""Makes a call of a module that is evaluated, and is of the kind of one that is trained."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,8 @@ class CompileCall:
         where: ``file:line`` of the caller.
         target: what is compiled: a class of modules or a function, by name.
         taken: whether it has the gws backend.
-        reason: why it was left alone, such as ``"backend='cudagraphs'"``; for a taken one what made it so.
+        reason: why it was left alone, such as ``"backend='cudagraphs'"``; for a taken one what made it so, such as
+            `AUTO`.
     """
 
     where: str
@@ -74,6 +84,12 @@ class CompileCalls:
         """The calls that were left alone."""
         return {call: n for call, n in self.seen.items() if not call.taken}
 
+    def is_first_rank(self) -> bool:
+        """Whether this process is rank 0, or there are no ranks."""
+        launched = os.environ.get("RANK", "")
+        rank = self.rank if self.rank is not None or not launched.isdecimal() else int(launched)
+        return rank in (None, 0)
+
     def to_dict(self) -> list[dict[str, Any]]:
         """The calls for JSON, each with its ``count``."""
         return [{**asdict(call), "count": n} for call, n in self.seen.items()]
@@ -91,14 +107,20 @@ class TorchCompilePatch:
     Args:
         backend: what calls for the default compiler get.
         calls: takes the record.
+        met: called with each other gws backend that the script compiles with, before it does.
 
     Attributes:
         backend, calls: as given.
+        kinds: of the modules that have a gws backend.
     """
 
-    def __init__(self, backend: Backend, calls: CompileCalls) -> None:
+    def __init__(
+        self, backend: Backend, calls: CompileCalls, met: Callable[[Backend], None] = lambda backend: None
+    ) -> None:
         self.backend = backend
         self.calls = calls
+        self.kinds = ModelKinds()
+        self._met = met
         self._original: Callable[..., Any] = torch.compile
         self._script: WeakIdKeyDictionary = WeakIdKeyDictionary()  # modules that the script has given to torch.compile
         self._here: WeakIdKeyDictionary = WeakIdKeyDictionary()  # modules given to `compile`
@@ -117,11 +139,12 @@ class TorchCompilePatch:
         """Put torch's own back; what has been compiled stays as it is."""
         torch.compile = self._original
 
-    def compile(self, module: nn.Module) -> None:
-        """Compile a module in place with the backend; the call is on the record as one of ``--auto``."""
+    def compile(self, module: nn.Module, reason: str = AUTO) -> None:
+        """Compile a module in place with the backend; the call is on the record with the reason."""
         compilers.compile_in_place(module, self._original, backend=self.backend)
         self._here[module] = True
-        self.calls.add(CompileCall(caller()[1], type(module).__name__, taken=True, reason="--auto"))
+        self.kinds.add(module)
+        self.calls.add(CompileCall(caller()[1], type(module).__name__, taken=True, reason=reason))
 
     def compiled_by_script(self, module: nn.Module) -> bool:
         """Whether the script has compiled the module itself, by ``torch.compile`` or in place."""
@@ -138,23 +161,25 @@ class TorchCompilePatch:
             backend = compilers.default_backend()
         ahead = bool((kwargs.get("options") or {}).get("use_aoti"))  # another compiler of the same name
         default = backend == "inductor" and not ahead and not kwargs.get("disable")
+        target = describe(model)
         if default:
-            kwargs = {**kwargs, "backend": self.backend}
+            kwargs = {**self._without_inductors(kwargs, target, where), "backend": self.backend}
         if model is None:
             return kwargs  # a decorator with arguments: the call with the function is still to come
-        target = describe(model)
         if isinstance(model, nn.Module) and not kwargs.get("disable"):
             self._script[model] = True
         if kwargs.get("disable"):
             self.calls.add(CompileCall(where, target, taken=False, reason="disable=True"))
         elif default or backend is self.backend:
-            self.calls.add(CompileCall(where, target, taken=True))
+            self._take(model, self.backend, CompileCall(where, target, taken=True))
         elif backend == "gws":
-            self.calls.add(CompileCall(where, target, taken=True, reason="backend='gws' in the script"))
+            call = CompileCall(where, target, taken=True, reason="backend='gws' in the script")
+            self._take(model, stands_for(kwargs.get("options")), call)
         elif isinstance(backend, Backend):
             if not any(backend is known for known in self.calls.own):
                 self.calls.own.append(backend)
-            self.calls.add(CompileCall(where, target, taken=True, reason="a gws backend of the script's own"))
+            call = CompileCall(where, target, taken=True, reason="a gws backend of the script's own")
+            self._take(model, backend, call)
         else:
             named = f"backend={backend!r}" if isinstance(backend, str) else f"backend={describe(backend)}"
             if ahead:
@@ -166,6 +191,33 @@ class TorchCompilePatch:
                 stacklevel=3,
             )
         return kwargs
+
+    def _take(self, model: object, backend: Backend | None, call: CompileCall) -> None:
+        """Note a call that has a gws backend."""
+        self.calls.add(call)
+        if backend is self.backend:
+            module = getattr(model, "__self__", model)  # Module.compile compiles a bound method
+            if isinstance(module, nn.Module):
+                self.kinds.add(module)
+        elif backend is not None:
+            self._met(backend)
+
+    def _without_inductors(self, kwargs: dict[str, Any], target: str, where: str) -> dict[str, Any]:
+        """The keyword arguments without those that are Inductor's, where another compiler is behind the backend."""
+        inner = self.backend.config.inner
+        if inner == "inductor":
+            return kwargs
+        dropped = {key: kwargs[key] for key in ("mode", "options") if kwargs.get(key) not in (None, "default", {})}
+        if dropped:
+            arguments = " and ".join(f"{key}={value!r}" for key, value in dropped.items())
+            named = repr(inner) if isinstance(inner, str) else describe(inner)
+            warnings.warn(
+                f"torch.compile of {target} at {where} asks for {arguments}, which only Inductor has: dropped, since "
+                f"--inner is {named}",
+                GwsWarning,
+                stacklevel=4,
+            )
+        return {key: value for key, value in kwargs.items() if key not in ("mode", "options")}
 
 
 def caller() -> tuple[str, str]:
@@ -200,7 +252,9 @@ def _short(filename: str) -> str:
 
 
 def describe(target: object) -> str:
-    """A module by its class, a function by its name."""
+    """A module by its class, a function by its name; "a function" for None, which stands for one still to come."""
+    if target is None:
+        return "a function"
     if isinstance(target, nn.Module):
         return type(target).__name__
     if isinstance(owner := getattr(target, "__self__", None), nn.Module):

@@ -13,7 +13,7 @@ from torch import nn
 
 import gws_compile
 from gws_compile.command_line.auto_compile import AutoCompile
-from gws_compile.command_line.torch_compile_patch import CompileCalls, TorchCompilePatch
+from gws_compile.command_line.torch_compile_patch import AUTO, AUTO_COPY, CompileCalls, TorchCompilePatch
 from gws_compile.compiler.backend import Backend
 from gws_compile.config import Config
 
@@ -36,8 +36,14 @@ def auto():
     assert nn.Module.__call__ is original
 
 
-def compiled_names(patch):
-    return [call.target for call in patch.calls.taken if call.reason == "--auto"]
+def compiled_names(patch, reason=AUTO):
+    return [call.target for call in patch.calls.taken if call.reason == reason]
+
+
+def evaluated_with_the_cast(model, x):
+    """What a `Net` computes with its weights cast and no noise."""
+    values = {n: gws_compile.quantize(p, FMT) if p.ndim > 1 else p for n, p in model.named_parameters()}
+    return torch.func.functional_call(model, values, x)
 
 
 def test_the_first_call_already_has_noise(auto):
@@ -97,6 +103,98 @@ def test_two_models_a_loss_and_a_frozen_teacher(auto):
     teacher.requires_grad_(True)
     teacher(x)
     assert teacher._compiled_call_impl is not None  # a stage of training in which it is no longer frozen
+
+
+class Average(nn.Module):
+    """As timm's ModelEmaV3 holds its copy."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module = copy.deepcopy(model).requires_grad_(False)
+
+    def forward(self, x):
+        return self.module(x)
+
+
+class Fabric(nn.Module):
+    """As Lightning Fabric wraps a model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self._forward_module = model
+
+    def forward(self, x):
+        return self._forward_module(x)
+
+
+def reloaded(model):
+    fresh = Net()
+    fresh.load_state_dict(model.state_dict())
+    return fresh.eval()
+
+
+COPIES = {
+    "deep copy": lambda model: copy.deepcopy(model).requires_grad_(False),
+    "reloaded": reloaded,
+    "AveragedModel": torch.optim.swa_utils.AveragedModel,
+    "module": Average,
+    "Fabric": lambda model: Fabric(copy.deepcopy(model)),
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("wrap", [lambda model: model, Fabric], ids=["bare", "wrapped"])
+def test_copies_are_evaluated_with_the_cast(way, wrap, auto):
+    """Averages of weights, target networks, reloaded models: as the model itself is evaluated, and without a trace.
+
+    The noise of the model that is trained stays that of the oracle, and it alone is in the report as noisy.
+    """
+    model = Net()
+    oracle = copy.deepcopy(model)
+    batches = [[torch.randn(8, 40)] for _ in range(4)]
+    x = torch.randn(4, 40)
+    called = wrap(model)
+    losses = train(called, model, batches[:2])
+    other, then = COPIES[way](model), copy.deepcopy(model)
+    with torch.no_grad():
+        got = [other(x), called(x), other(x)]
+    losses += train(called, model, batches[2:])
+    assert compiled_names(auto, AUTO_COPY) == ["Net"]
+    rows = {record.name: record.noise for record in auto.backend.report()}
+    theirs = [f"module.{name}" if way == "module" else f"{name}#1" for name in SAMPLED]
+    assert rows == {**dict.fromkeys(SAMPLED, "rounded_normal"), **dict.fromkeys(theirs, "none")}
+    assert [name for name, _ in auto.backend.state_dict()["weights"]] == SAMPLED
+    nn.Module.__call__ = nn.Module._wrapped_call_impl  # the oracle runs without
+    with torch.no_grad():
+        torch.testing.assert_close(got, [evaluated_with_the_cast(then, x)] * 3, rtol=1e-5, atol=1e-6)
+    expected = eager.train(oracle, batches, loss_of, SAMPLED, FMT)
+    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=0)
+
+
+def test_what_is_no_copy_is_evaluated_as_it_is(auto):
+    """Another class, other shapes; a frozen teacher that is called with gradients; what the script has compiled."""
+
+    class Other(Net):
+        pass
+
+    model, other, x = Net(), Other(), torch.randn(4, 40)
+    wider, teacher = nn.Linear(40, 72), Net().requires_grad_(False)
+    narrow = nn.Linear(40, 71)
+    with torch.no_grad():
+        early = copy.deepcopy(model)
+        early(x)  # before there is anything that it could be a copy of
+    model(x).sum().backward()
+    wider(x).sum().backward()
+    teacher(x)
+    scripts = Net()
+    scripts.up = torch.compile(scripts.up)
+    with torch.no_grad():
+        for module in (other, narrow, scripts):
+            module(x)
+    assert compiled_names(auto, AUTO_COPY) == []
+    with torch.no_grad():
+        early(x)
+    assert compiled_names(auto, AUTO_COPY) == ["Net"]
 
 
 def test_what_the_script_compiles_is_not_compiled_twice(auto):
@@ -238,10 +336,18 @@ def test_under_ddp(auto, tmp_path):
         model = Net()
         oracle = copy.deepcopy(model)
         batches = [[torch.randn(8, 40)] for _ in range(3)]
-        losses = train(nn.parallel.DistributedDataParallel(model), model, batches)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        losses = train(parallel, model, batches[:2])
+        with torch.no_grad():
+            x, then = torch.randn(4, 40), copy.deepcopy(model)
+            got = [parallel.module(x), parallel(x)]  # evaluation often leaves the wrapper out
+        losses += train(parallel, model, batches[2:])
         assert compiled_names(auto) == ["DistributedDataParallel"]
+        assert compiled_names(auto, AUTO_COPY) == ["Net"]
     finally:
         dist.destroy_process_group()
     nn.Module.__call__ = nn.Module._wrapped_call_impl
+    with torch.no_grad():
+        torch.testing.assert_close(got, [evaluated_with_the_cast(then, x)] * 2, rtol=1e-5, atol=1e-6)
     expected = eager.train(oracle, batches, loss_of, SAMPLED, FMT)
     torch.testing.assert_close(losses, expected, rtol=1e-6, atol=0)

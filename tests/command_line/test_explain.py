@@ -5,16 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from support.reports import Page
 
 from gws_compile.command_line.cli import main
 
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("reset")
 
 
 FACTORY = """

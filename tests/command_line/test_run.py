@@ -91,37 +91,126 @@ def test_the_program_is_main(folder, how):
     ours = start([*GWS, *command], folder, "some\ninput")
     assert plain.returncode == 7
     assert (ours.returncode, ours.stdout) == (plain.returncode, plain.stdout)
-    assert "NO WEIGHT WAS REWRITTEN" in ours.stderr
-    assert "gws run --auto" in ours.stderr
+    assert ours.stderr == "\ngws run: the script ended with exit code 7, before anything took the gws backend\n"
 
 
 def test_traceback_and_ctrl_c(folder):
     """Errors come out as Python prints them, chained ones too, without a frame of ours, and so to a hook of the script;
 
-    Ctrl-C ends the process by the signal.
+    one line follows. Ctrl-C ends the process by the signal.
     """
     path = write(
         folder,
         "bad.py",
         """
-        import sys, traceback
+        import sys, traceback, torch
+        from torch import nn
         def hook(kind, error, tb):
             print("mine", kind, error.__traceback__ is tb, *traceback.format_exception(error), file=sys.stderr)
+        class Loss(nn.Module):
+            def forward(self, how):
+                try:
+                    {}["x"]
+                except KeyError as error:
+                    raise (KeyboardInterrupt if how == "ctrl-c" else ValueError)("bad") from error
         def f(how):
             try:
-                {}["x"]
-            except KeyError as error:
-                raise (KeyboardInterrupt if how == "ctrl-c" else ValueError)("bad") from error
+                Loss()(how)
+            except ValueError:
+                torch.compile(model=f, mode="default", options={"max_autotune": True})
         if sys.argv[1] == "hook":
             sys.excepthook = hook
         f(sys.argv[1])
         """,
     )
-    for how, code in (("hook", 1), ("ctrl-c", -signal.SIGINT)):
+    for how, code in (("hook", 1), ("error", 1), ("ctrl-c", -signal.SIGINT)):
         plain = start([sys.executable, path, how], folder)
-        ours = start([*GWS, path, how], folder)
+        ours = start([*GWS, "--auto", path, how], folder)
         assert ours.returncode == plain.returncode == code
-        assert ours.stderr.startswith(plain.stderr + "\ngws run: ")
+        interrupted = "KeyboardInterrupt, before anything took the gws backend"
+        what = interrupted if how == "ctrl-c" else "RuntimeError; up to then no weight seen"
+        assert ours.stderr == f"{plain.stderr}\ngws run: the script ended with {what}\n"
+
+
+def test_a_syntax_error(folder):
+    path = write(folder, "bad.py", "x = 1 +")
+    plain, ours = start([sys.executable, path], folder), start([*GWS, path], folder)
+    assert ours.returncode == plain.returncode == 1
+    line = "\ngws run: the script ended with SyntaxError, before anything took the gws backend\n"
+    assert ours.stderr == plain.stderr + line
+
+
+UNSAMPLED = """
+import sys, torch
+from torch import nn
+
+@torch.library.custom_op("mine::product", mutates_args=())
+def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return x @ w
+
+product.register_fake(lambda x, w: x.new_empty(x.shape[0], w.shape[1]))
+product.register_autograd(
+    lambda ctx, grad: (grad @ ctx.saved_tensors[1].T, ctx.saved_tensors[0].T @ grad),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(40, 40)
+
+    def forward(self, x):
+        return self.rnn(x)[0]
+
+class Custom(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(40))
+
+    def forward(self, x):
+        return product(x, self.weight)
+
+class Layer(nn.Linear):
+    def forward(self, x):
+        return (x @ self.weight.T + self.bias).relu()
+
+def main(kind, how):
+    model = {"lstm": Recurrent, "custom": Custom, "forward": lambda: Layer(40, 40)}[kind]()
+    call = torch.compile(model) if how == "compile" else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        (model.forward if kind == "forward" else call)(torch.randn(8, 40)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if kind == "forward":
+        call(torch.randn(8, 40))
+
+main(*sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("how", ["compile", "auto"])
+@pytest.mark.parametrize("kind", ["lstm", "custom", "forward"])
+def test_models_that_train_without_noise(kind, how, folder):
+    """What is behind the script says so, and why, weight by weight; the model has gone by then."""
+    path = write(folder, "train.py", UNSAMPLED)
+    options = ["--inner", "aot_eager", "--report", "r.json", *["--auto"][: how == "auto"]]
+    done = start([*GWS, *options, path, kind, how], folder)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((folder / "elsewhere" / "r.json").read_text())
+    reasons = {weight["name"]: weight["reason"] for weight in report["weights"]}
+    assert ("1 module compiled by --auto" if how == "auto" else "1 torch.compile call took") in report["header"]
+    if kind == "forward":
+        told = "2 of 2 optimizer steps (SGD of weight) had no sampled training forward before them"
+        assert [text.startswith(told) for text in report["plain_steps"]] == [True]
+        assert told in " ".join(done.stderr.split())
+        assert reasons == {"weight": ""}
+        return
+    assert report["plain_steps"] == []
+    assert "Every weight that was seen was left alone; the table says why." in done.stderr
+    assert list(reasons) == (["rnn.weight_ih_l0", "rnn.weight_hh_l0"] if kind == "lstm" else ["weight"])
+    assert all(("does not trace LSTM" if kind == "lstm" else "used by mine::product") in r for r in reasons.values())
+    assert f"weights that are trained without noise, {'since' if kind == 'lstm' else 'though'}" in done.stderr
 
 
 def test_report_settings_and_left_alone(folder):

@@ -1,12 +1,14 @@
 """What `gws run` says at the end, by what has happened."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
 import gws_compile
 from gws_compile.command_line.named_backend import forget_named_backends
-from gws_compile.command_line.run_report import RunReport
+from gws_compile.command_line.run_report import Ending, RunReport
 from gws_compile.command_line.torch_compile_patch import CompileCall, CompileCalls
 
 TAKEN = CompileCall("train.py:3", "Net", taken=True)
@@ -44,7 +46,7 @@ def test_header():
     [
         ([], False, "The script never calls torch.compile.", True),
         ([LEFT], False, "Every torch.compile call names a backend of its own", True),
-        ([TAKEN], False, "What was compiled has read no weight", False),
+        ([TAKEN], False, "What was compiled gave no graph with a weight", False),
         ([], True, "No module with trainable weights was called with gradients enabled", False),
     ],
 )
@@ -91,3 +93,84 @@ def test_the_page_is_that_of_the_backend(tmp_path, capsys):
     assert "fp6_e3m2" in page
     assert "graph 0" in page
     assert "The report is in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (None, None),
+        (SystemExit(), None),
+        (SystemExit(0), None),
+        (SystemExit(2), "exit code 2"),
+        (SystemExit("no data"), "exit code 1"),
+        (ZeroDivisionError(), "ZeroDivisionError"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+    ],
+)
+def test_one_line_for_a_script_that_has_not_come_to_its_end(error, says, capsys):
+    """Nothing of missing noise, which follows from it; the report where it was meant to end, if it has something."""
+    report = report_of()
+    report.ending = Ending.by(error)
+    report.finish()
+    if says is None:
+        assert "NO WEIGHT WAS REWRITTEN" in capsys.readouterr().err
+        return
+    line = f"\ngws run: the script ended with {says}, before anything took the gws backend\n"
+    assert capsys.readouterr().err == line
+    torch._dynamo.reset()
+    backend = gws_compile.named_backend(inner="eager")
+    torch.compile(nn.Linear(40, 24), backend=backend)(torch.ones(1, 40)).sum().backward()
+    report.calls.add(TAKEN)
+    report.finish()
+    line = f"\ngws run: the script ended with {says}; up to then 1 of 1 weights rewritten\n"
+    text = capsys.readouterr().err
+    assert (text == line) == (says == "ZeroDivisionError")
+    assert text == line or "1 of 1 weights rewritten, 960 of 960 elements" in text
+
+
+def test_a_file_is_written_for_it_too(tmp_path, capsys):
+    file = tmp_path / "report.json"
+    report = report_of(TAKEN, file=str(file))
+    report.ending = Ending.by(ValueError())
+    report.finish()
+    said = f"gws run: the script ended with ValueError; up to then no weight seen; the report is in {file}"
+    assert capsys.readouterr().err.strip() == said
+    assert json.loads(file.read_text())["weights"] == []
+
+
+def test_functions_over_parameters_are_no_rows(capsys):
+    """What updates parameters, or adds up their squares; but for a weight that the function multiplies by."""
+    torch._dynamo.reset()
+    backend = gws_compile.named_backend(inner="eager")
+    model, average = nn.Linear(40, 24), nn.Linear(40, 24)
+    norm = nn.Parameter(torch.randn(24, 40))
+
+    @torch.compile(backend=backend)
+    def update(p, grad):
+        with torch.no_grad():
+            p.sub_(grad, alpha=0.1)
+
+    @torch.compile(backend=backend)
+    def follow(averages, weights):
+        with torch.no_grad():
+            for p, q in zip(averages, weights, strict=True):
+                p.lerp_(q, 0.1)
+
+    @torch.compile(backend=backend)
+    def decay(weights):
+        return sum(w.square().sum() for w in weights)
+
+    @torch.compile(backend=backend)
+    def product(w, x):
+        return x @ w
+
+    torch.compile(model, backend=backend)(torch.ones(2, 40)).sum().backward()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.compile(optimizer.step, backend=backend)()
+    update(model.weight, model.weight.grad)
+    follow(list(average.parameters()), list(model.parameters()))
+    decay(list(model.parameters()))
+    product(norm, torch.ones(2, 24)).sum().backward()
+    report_of(TAKEN).finish()
+    rows = [line.split()[0] for line in capsys.readouterr().err.splitlines() if "40" in line.split()[:5]]
+    assert rows == ["weight", "w"]

@@ -10,9 +10,11 @@ from support.accumulation import loss_of, train
 from support.small_models import Net
 
 import gws_compile
+from gws_compile.command_line.named_backend import stands_for
 from gws_compile.command_line.torch_compile_patch import CompileCall, CompileCalls, TorchCompilePatch
 from gws_compile.compiler.backend import Backend
 from gws_compile.config import Config
+from gws_compile.torch_internals import compilers
 
 FILE = "tests/command_line/test_torch_compile_patch.py"
 
@@ -43,7 +45,7 @@ def asked(monkeypatch):
         return model
 
     monkeypatch.setattr(torch, "compile", recorder)
-    patch = TorchCompilePatch(Backend(Config.make(inner="eager")), CompileCalls())
+    patch = TorchCompilePatch(Backend(Config.make()), CompileCalls())
     patch.install()
     yield seen, patch
     patch.remove()
@@ -110,6 +112,24 @@ def test_other_arguments_are_kept(asked):
     assert [call.target for call in patch.calls.seen] == ["Net", "Net"]  # the third is a decorator without function
 
 
+def test_what_only_inductor_takes_is_dropped_for_another_compiler(patch):
+    """`mode` and `options` of the script, with a warning that names them; the script runs."""
+    model, x = Net(), torch.randn(2, 40)
+    said = r"torch.compile of Net at .*_compile_patch.py:\d+ asks for mode='max-autotune', which only Inductor has"
+    with pytest.warns(gws_compile.GwsWarning, match=said):
+        compiled = torch.compile(model, mode="max-autotune", dynamic=False)
+    compiled(x).sum().backward()
+    with pytest.warns(gws_compile.GwsWarning, match=r"options={'epilogue_fusion': True}, .* --inner is 'aot_eager'"):
+        Net().compile(options={"epilogue_fusion": True})
+    with pytest.warns(gws_compile.GwsWarning, match="of a function at .* asks for mode='reduce-overhead'"):
+        decorated = torch.compile(mode="reduce-overhead")(lambda v: model(v))
+    decorated(x)
+    assert len(patch.backend.graphs) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.compile(Net(), mode="default")(x)
+
+
 def test_other_backends_are_left_alone_and_said(asked):
     seen, patch = asked
     own = gws_compile.backend(inner="eager")
@@ -170,6 +190,18 @@ def test_compiled_optimizer_step_and_loss_run_as_they_are(patch):
     step()
     torch.testing.assert_close(model.up.weight.detach(), before - 0.5 * model.up.weight.grad)
     assert len(patch.backend.report()) == 0
+
+
+def test_the_name_tells_which_backend_it_stands_for(patch, monkeypatch):
+    """So that a model that was given to it by name, and is never traced, is found."""
+    monkeypatch.setenv("GWS_INNER", "eager")
+    model = Net()
+    compiled = torch.compile(model, backend="gws", options={"fmt": "fp4_e2m1"})
+    assert compilers.compiled_modules(gws_compile.named_backend(fmt="fp4_e2m1")) == [model]
+    assert compilers.compiled_modules(gws_compile.named_backend(fmt="fp6_e3m2")) == []
+    assert compiled._orig_mod is model
+    torch.compile(model, backend="gws", options={"fmt": "fp99"})  # an error where it is called, not here
+    assert stands_for({"fmt": "fp99"}) is None
 
 
 def test_places_are_counted(patch):
