@@ -83,7 +83,8 @@ class Tracer:
         They would be asked wherever Dynamo does not trace through: ``model.compile()`` at the top, blocks behind a
         graph break.
         """
-        return torch.compiler.set_stance(force_backend=self)
+        stance: AbstractContextManager[Any] = torch.compiler.set_stance(force_backend=self)
+        return stance
 
     def report(self) -> Report:
         """The report, with every weight of a module under its own name, those that no graph has too."""

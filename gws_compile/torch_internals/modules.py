@@ -35,5 +35,6 @@ def modules_alive() -> Iterator[nn.Module]:
 def _subclasses(kind: type) -> Iterator[type]:
     """A class and all that derive from it, some more than once."""
     yield kind
-    for derived in type.__subclasses__(kind):
+    below: list[type] = type.__subclasses__(kind)
+    for derived in below:
         yield from _subclasses(derived)
