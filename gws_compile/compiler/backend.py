@@ -25,6 +25,7 @@ from ..runtime.optimizer_hooks import after_each_step
 from ..runtime.weight_registry import WeightRegistry
 from ..runtime.weight_slots import Slot, WeightSlots
 from ..torch_internals.compilers import compiled_modules, untraced_of
+from ..torch_internals.lookup import warn_of_newer_torch
 from .compiled_graph import GraphCompiler
 from .diagnostics import Diagnostics, GivenModules
 from .reporting import Reporting
@@ -46,6 +47,7 @@ class Backend:
     __name__ = "gws"  # what torch.compile calls the backend in its messages
 
     def __init__(self, config: Config) -> None:
+        warn_of_newer_torch()
         self.config = config
         self._slots = WeightSlots()
         self._registry = WeightRegistry()

@@ -3,7 +3,7 @@
 Each function says what it relies on and the versions of torch that it was checked on; where a name is missing the error
 names it and these versions.
 
-- `lookup`: finding a private name, the error, the versions.
+- `lookup`: finding a private name, the error, the versions. `private_names`: all of them, with the features they serve.
 - `graphs`: the graphs that Dynamo hands to a backend. `stack_trace`: where in the user's code a node comes from.
 - `dynamo`: Dynamo at work: compilations, what is not traced, errors, torch's records.
 - `fake_tensors`, `autograd`, `distributed`: fake tensors, the autograd engine, DTensors and process groups.

@@ -10,7 +10,7 @@ import torch
 def inside_backward() -> bool:
     """Whether the autograd engine is running in this thread: a forward seen now is a recomputation.
 
-    Relies on ``torch._C._current_graph_task_id``. Checked on torch 2.11 and 2.13.
+    Relies on ``torch._C._current_graph_task_id``. Checked on torch 2.11 to 2.15.
     """
     return bool(torch._C._current_graph_task_id() != -1)
 
@@ -18,6 +18,6 @@ def inside_backward() -> bool:
 def at_end_of_backward(callback: Callable[[], None]) -> None:
     """Call back when the backward that is running has ended.
 
-    Relies on ``Variable._execution_engine.queue_callback``. Checked on torch 2.11 and 2.13.
+    Relies on ``Variable._execution_engine.queue_callback``. Checked on torch 2.11 to 2.15.
     """
     torch.autograd.Variable._execution_engine.queue_callback(callback)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .lookup import find
+from .lookup import find, spared
 from .modules import modules_alive
 
 
@@ -20,7 +20,7 @@ def inductor_compile(
 ) -> Callable[..., Any]:
     """Compile with Inductor, as ``torch.compile(mode=, options=)`` would.
 
-    Relies on ``torch._TorchCompileInductorWrapper``. Checked on torch 2.11 and 2.13.
+    Relies on ``torch._TorchCompileInductorWrapper``. Checked on torch 2.11 to 2.15.
     """
     wrapper = find("torch", "_TorchCompileInductorWrapper")
     compiled: Callable[..., Any] = wrapper(mode, options, None)(gm, list(example_inputs))
@@ -30,7 +30,7 @@ def inductor_compile(
 def named_compile(name: str, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """Compile with one of Dynamo's own backends, by name.
 
-    Relies on ``torch._dynamo.lookup_backend``. Checked on torch 2.11 and 2.13.
+    Relies on ``torch._dynamo.lookup_backend``. Checked on torch 2.11 to 2.15.
     """
     compiled: Callable[..., Any] = find("torch._dynamo", "lookup_backend")(name)(gm, list(example_inputs))
     return compiled
@@ -39,7 +39,7 @@ def named_compile(name: str, gm: fx.GraphModule, example_inputs: Sequence[Any]) 
 def default_backend() -> str | Callable[..., Any]:
     """What ``torch.compile`` takes when it is given no backend; 2.11 has no other than "inductor".
 
-    Relies on ``torch.compiler.get_default_backend``, where there is one. Checked on torch 2.11 and 2.13.
+    Relies on ``torch.compiler.get_default_backend``, where there is one. Checked on torch 2.11 to 2.15.
     """
     get = getattr(torch.compiler, "get_default_backend", None)
     backend: str | Callable[..., Any] = "inductor" if get is None else get()
@@ -49,7 +49,7 @@ def default_backend() -> str | Callable[..., Any]:
 def compile_in_place(module: torch.nn.Module, compile: Callable[..., Any], **arguments: Any) -> None:
     """``module.compile(...)``, also for torch's own modules, whose frame Dynamo skips.
 
-    Relies on ``_compiled_call_impl``, which Module.compile sets, and on ``_call_impl``. Checked on torch 2.11 and 2.13.
+    Relies on ``_compiled_call_impl``, which Module.compile sets, and on ``_call_impl``. Checked on torch 2.11 to 2.15.
     """
     if module._compiled_call_impl is not None:
         return
@@ -63,7 +63,7 @@ def traceable(function: Callable[..., Any]) -> Callable[..., Any]:
     one; everything else as it is. The function has code of its own: Dynamo keeps what it knows by code, and would leave
     all modules alone that share a wrapper's code with one that it could not trace.
 
-    Relies on ``Module._call_impl``. Checked on torch 2.11 and 2.13.
+    Relies on ``Module._call_impl``. Checked on torch 2.11 to 2.15.
     """
     module = getattr(function, "__self__", None)
     if not isinstance(module, torch.nn.Module) or function != module._call_impl or not _is_skipped(module.forward):
@@ -86,7 +86,7 @@ def is_traced(module: torch.nn.Module) -> bool:
     of ``nn.Linear(...).compile()`` or ``nn.Sequential(...).compile()``, but for the modules inside whose ``forward`` is
     a user's. Of a user's ``forward`` in one of torch's decorators (``torch.autocast``) the inner frame is traced.
 
-    Relies on ``torch._dynamo.config.wrap_top_frame``. Checked on torch 2.11 and 2.13.
+    Relies on ``torch._dynamo.config.wrap_top_frame``. Checked on torch 2.11 to 2.15.
     """
     if find("torch._dynamo", "config").wrap_top_frame:
         return True
@@ -101,7 +101,7 @@ def is_traced(module: torch.nn.Module) -> bool:
 def _is_skipped(function: object) -> bool:
     """Whether Dynamo skips the frames of a function, as ``torch.compile(module)`` asks for a module's ``forward``.
 
-    Relies on ``trace_rules.check``, which fails on callables that are no functions. Checked on torch 2.11 and 2.13.
+    Relies on ``trace_rules.check``, which fails on callables that are no functions. Checked on torch 2.11 to 2.15.
     """
     known = isinstance(function, (FunctionType, MethodType))
     return known and bool(find("torch._dynamo.trace_rules", "check")(function))
@@ -111,7 +111,7 @@ def is_compiled(module: torch.nn.Module) -> bool:
     """Whether a module was made by ``torch.compile(module)``, or had ``Module.compile`` called on it.
 
     Relies on ``torch._dynamo.eval_frame.OptimizedModule`` and ``Module._compiled_call_impl``.
-    Checked on torch 2.11 and 2.13.
+    Checked on torch 2.11 to 2.15.
     """
     optimized = find("torch._dynamo.eval_frame", "OptimizedModule")
     return isinstance(module, optimized) or module._compiled_call_impl is not None
@@ -120,7 +120,7 @@ def is_compiled(module: torch.nn.Module) -> bool:
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     """The model inside ``torch.compile``'s and DistributedDataParallel's wrappers.
 
-    Relies on ``torch._dynamo.eval_frame.OptimizedModule`` and its ``_orig_mod``. Checked on torch 2.11 and 2.13.
+    Relies on ``torch._dynamo.eval_frame.OptimizedModule`` and its ``_orig_mod``. Checked on torch 2.11 to 2.15.
     """
     optimized = find("torch._dynamo.eval_frame", "OptimizedModule")
     while True:
@@ -135,7 +135,7 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 def inside_jit_trace() -> bool:
     """Whether ``torch.jit.trace`` is running.
 
-    Relies on ``torch._C._is_tracing``. Checked on torch 2.11 and 2.13.
+    Relies on ``torch._C._is_tracing``. Checked on torch 2.11 to 2.15.
     """
     return bool(torch._C._is_tracing())
 
@@ -145,19 +145,20 @@ def is_given_to_compile(backend: object) -> bool:
 
     Looks at every object that the garbage collector knows: some 50 ms.
 
-    Relies on ``torch._TorchCompileWrapper``. Checked on torch 2.11 and 2.13.
+    Relies on ``torch._TorchCompileWrapper``. Checked on torch 2.11 to 2.15.
     """
     wrapper = find("torch", "_TorchCompileWrapper")
     return any(type(thing) is wrapper and backend_of(thing) is backend for thing in gc.get_objects())
 
 
+@spared(list)
 def compiled_modules(backend: object) -> list[torch.nn.Module]:
     """Every module that is alive and was compiled with this backend, each once.
 
     Those inside ``torch.compile(module, backend=backend)``, and those on which ``module.compile(backend=backend)`` was
     called. Looks at every object that the garbage collector knows: some 50 ms.
 
-    Relies on what `_context_of` does, and on ``OptimizedModule._orig_mod``. Checked on torch 2.11 and 2.13.
+    Relies on what `_context_of` does, and on ``OptimizedModule._orig_mod``. Checked on torch 2.11 to 2.15.
     """
     optimized = find("torch._dynamo.eval_frame", "OptimizedModule")
     found: dict[int, torch.nn.Module] = {}
@@ -168,6 +169,7 @@ def compiled_modules(backend: object) -> list[torch.nn.Module]:
     return list(found.values())
 
 
+@spared(list)
 def untraced_of(modules: Sequence[torch.nn.Module], backend: object) -> list[torch.nn.Module]:
     """Those of the `compiled_modules` of a backend of which torch traces nothing, whatever the backend.
 
@@ -176,7 +178,7 @@ def untraced_of(modules: Sequence[torch.nn.Module], backend: object) -> list[tor
     ``torch.compile(module)`` has its own way round, and so has `compile_in_place`.
 
     Relies on what `_context_of` does, and on ``_torchdynamo_orig_callable``, the function that was compiled.
-    Checked on torch 2.11 and 2.13.
+    Checked on torch 2.11 to 2.15.
     """
     return [
         module
@@ -193,7 +195,7 @@ def backend_of(wrapper: Any) -> object:
 
     A name stands for a function that may tell by ``stands_for(options)`` which backend it stands for.
 
-    Relies on ``torch._TorchCompileWrapper``, its ``compiler_fn`` and ``kwargs``. Checked on torch 2.11 and 2.13.
+    Relies on ``torch._TorchCompileWrapper``, its ``compiler_fn`` and ``kwargs``. Checked on torch 2.11 to 2.15.
     """
     given = wrapper.compiler_fn
     stands_for = getattr(given, "stands_for", None)
@@ -206,7 +208,7 @@ def _context_of(module: torch.nn.Module) -> Any:
     ``torch.compile(module)`` keeps it as ``dynamo_ctx``. ``module.compile()`` keeps, as ``_compiled_call_impl``, what
     ``torch.compile`` makes of ``module._call_impl``: a function that has its context as ``self`` in its closure.
 
-    Relies on ``OptimizedModule.dynamo_ctx`` and ``Module._compiled_call_impl``. Checked on torch 2.11 and 2.13.
+    Relies on ``OptimizedModule.dynamo_ctx`` and ``Module._compiled_call_impl``. Checked on torch 2.11 to 2.15.
     """
     if isinstance(module, find("torch._dynamo.eval_frame", "OptimizedModule")):
         return module.dynamo_ctx

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def cpp_vector_size(device: torch.device) -> int | None:
     """float32 values in a vector of the C++ code for this device; None where Inductor writes no vectors for it.
 
-    Relies on ``cpu_vec_isa.pick_vec_isa`` and ``config.cpu_backend``. Checked on torch 2.11 and 2.13.
+    Relies on ``cpu_vec_isa.pick_vec_isa`` and ``config.cpu_backend``. Checked on torch 2.11 to 2.15.
     """
     if device.type != "cpu" or find("torch._inductor", "config").cpu_backend != "cpp":
         return None
@@ -36,7 +36,7 @@ def cpp_kernel(
 
     Relies on ``ir.CppTemplateBuffer`` and ``CppTemplateKernel.def_kernel``, as Inductor's own C++ templates do, on
     ``DTYPE_TO_CPP``, ``parallel_num_threads`` and ``Placeholder.KERNEL_NAME``, and on
-    ``V.graph.no_fuse_buffer_names``. Checked on torch 2.11 and 2.13.
+    ``V.graph.no_fuse_buffer_names``. Checked on torch 2.11 to 2.15.
 
     Args:
         inputs: name of a pointer argument -> stored, row-major tensor; None for one that there is not.

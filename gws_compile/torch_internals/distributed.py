@@ -20,7 +20,7 @@ def shard_range(value: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] 
     """What this rank holds of a DTensor: (local shape, offset in the whole tensor); None for a plain tensor.
 
     Relies on ``torch.distributed.tensor._utils.compute_local_shape_and_global_offset``.
-    Checked on torch 2.11 and 2.13.
+    Checked on torch 2.11 to 2.15.
 
     Raises:
         ValueError: a placement other than Shard and Replicate.
@@ -41,7 +41,7 @@ def shard_range(value: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] 
 def local_example(value: Any) -> torch.Tensor:
     """The fake local tensor of a fake DTensor.
 
-    Relies on ``DTensor._local_tensor``. Checked on torch 2.11 and 2.13.
+    Relies on ``DTensor._local_tensor``. Checked on torch 2.11 to 2.15.
     """
     local: torch.Tensor = value._local_tensor
     return local
@@ -50,7 +50,7 @@ def local_example(value: Any) -> torch.Tensor:
 def whole_tensor(value: torch.Tensor) -> torch.Tensor:
     """The whole of a DTensor, gathered by all of its ranks together; a plain tensor as it is.
 
-    Relies on nothing private. Checked on torch 2.11 and 2.13.
+    Relies on nothing private. Checked on torch 2.11 to 2.15.
     """
     if "torch.distributed.tensor" in sys.modules:
         from torch.distributed.tensor import DTensor
@@ -63,7 +63,7 @@ def whole_tensor(value: torch.Tensor) -> torch.Tensor:
 def shard_groups(value: torch.Tensor) -> tuple[ProcessGroup, ...]:
     """The process groups of the mesh dims along which a DTensor is sharded; () for a plain tensor.
 
-    Relies on what `shard_range` relies on. Checked on torch 2.11 and 2.13.
+    Relies on what `shard_range` relies on. Checked on torch 2.11 to 2.15.
     """
     if shard_range(value) is None:
         return ()
@@ -78,13 +78,14 @@ def data_parallel_groups(module: object) -> tuple[ProcessGroup, ...]:
     """The process groups over which a DistributedDataParallel or FSDP2 module averages gradients; () for any other.
 
     Relies on ``DistributedDataParallel.process_group`` and, for FSDP2, on
-    ``_get_fsdp_state()._fsdp_param_group.mesh_info``. Checked on torch 2.11 and 2.13.
+    ``_get_fsdp_state()._fsdp_param_group.mesh_info``. Checked on torch 2.11 to 2.15.
     """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return ()
     if isinstance(module, torch.nn.parallel.DistributedDataParallel):
         return (module.process_group,)
-    if "torch.distributed.fsdp" in sys.modules and isinstance(module, find("torch.distributed.fsdp", "FSDPModule")):
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and isinstance(module, fsdp.FSDPModule):
         params = module._get_fsdp_state()._fsdp_param_group
         info = None if params is None else params.mesh_info
         groups = (getattr(info, name, None) for name in ("shard_process_group", "replicate_process_group"))
@@ -96,7 +97,7 @@ def pipeline_stage_index(value: object) -> int | None:
     """The stage number of a ``torch.distributed.pipelining`` stage; None for everything else.
 
     Relies on ``_PipelineStageBase.stage_index``, the base of ``PipelineStage`` and of the stages of a traced pipeline.
-    Checked on torch 2.11 and 2.13.
+    Checked on torch 2.11 to 2.15.
     """
     if "torch.distributed.pipelining.stage" not in sys.modules:
         return None

@@ -19,7 +19,7 @@ Tree = TypeVar("Tree")
 def fake_mode() -> FakeTensorMode:
     """A new mode for fake tensors, in which a model may also meet real ones.
 
-    Relies on ``torch._subclasses.fake_tensor.FakeTensorMode``. Checked on torch 2.11 and 2.13.
+    Relies on ``torch._subclasses.fake_tensor.FakeTensorMode``. Checked on torch 2.11 to 2.15.
     """
     mode: FakeTensorMode = find("torch._subclasses.fake_tensor", "FakeTensorMode")(allow_non_fake_inputs=True)
     return mode
@@ -28,7 +28,7 @@ def fake_mode() -> FakeTensorMode:
 def is_fake(value: object) -> bool:
     """Whether a tensor is a FakeTensor: DDP's graph splitting calls the compiled function with such while compiling.
 
-    Relies on ``torch._subclasses.fake_tensor.FakeTensor``. Checked on torch 2.11 and 2.13.
+    Relies on ``torch._subclasses.fake_tensor.FakeTensor``. Checked on torch 2.11 to 2.15.
     """
     return isinstance(value, find("torch._subclasses.fake_tensor", "FakeTensor"))
 
@@ -36,7 +36,7 @@ def is_fake(value: object) -> bool:
 def any_fake(values: Sequence[object]) -> bool:
     """Whether one of the values `is_fake`; asked in every call, so each type is asked once.
 
-    Relies on ``torch._subclasses.fake_tensor.FakeTensor``. Checked on torch 2.11 and 2.13.
+    Relies on ``torch._subclasses.fake_tensor.FakeTensor``. Checked on torch 2.11 to 2.15.
     """
     fake = find("torch._subclasses.fake_tensor", "FakeTensor")
     return any(issubclass(kind, fake) for kind in set(map(type, values)))
@@ -45,7 +45,7 @@ def any_fake(values: Sequence[object]) -> bool:
 def fake_like(value: torch.Tensor, example: object) -> object:
     """A fake form of ``value`` in the mode of ``example``, for a placeholder's metadata; ``value`` if it has no mode.
 
-    Relies on ``torch._guards.detect_fake_mode``, which also looks into a DTensor. Checked on torch 2.11 and 2.13.
+    Relies on ``torch._guards.detect_fake_mode``, which also looks into a DTensor. Checked on torch 2.11 to 2.15.
     """
     mode = find("torch._guards", "detect_fake_mode")([example])
     return mode.from_tensor(value, static_shapes=True) if mode is not None else value
@@ -54,7 +54,7 @@ def fake_like(value: torch.Tensor, example: object) -> object:
 def map_tensors(function: Callable[[torch.Tensor], object], tree: Tree) -> Tree:
     """The same nest of tuples, lists and dicts, with what the function makes of each tensor.
 
-    Relies on ``torch.utils._pytree.tree_map_only``. Checked on torch 2.11 and 2.13.
+    Relies on ``torch.utils._pytree.tree_map_only``. Checked on torch 2.11 to 2.15.
     """
     mapped: Tree = find("torch.utils._pytree", "tree_map_only")(torch.Tensor, function, tree)
     return mapped
@@ -63,7 +63,7 @@ def map_tensors(function: Callable[[torch.Tensor], object], tree: Tree) -> Tree:
 def shares_storage(one: object, other: object) -> bool:
     """Whether two tensors lie in the same memory, or may do so: what is no tensor may be anything.
 
-    Relies on ``torch._C._is_alias_of``. Checked on torch 2.11 and 2.13.
+    Relies on ``torch._C._is_alias_of``. Checked on torch 2.11 to 2.15.
     """
     if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
         return True

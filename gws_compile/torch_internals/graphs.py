@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from .lookup import find
 
@@ -15,7 +16,7 @@ def placeholder_source(node: fx.Node) -> str | None:
     """Where Dynamo read a graph input from, such as ``L['self']._modules['fc']._parameters['weight']``, if known.
 
     Relies on ``node._dynamo_source`` (kept under DDP's graph splitting) and ``meta["grapharg"].source``.
-    Checked on torch 2.11 and 2.13.
+    Checked on torch 2.11 to 2.15.
     """
     source = getattr(node, "_dynamo_source", None)
     if source is None:
@@ -29,7 +30,7 @@ def placeholder_source(node: fx.Node) -> str | None:
 def example_value(node: fx.Node) -> Any:
     """The fake value that Dynamo computed for a node; None if it has none.
 
-    Relies on ``meta["example_value"]``. Checked on torch 2.11 and 2.13.
+    Relies on ``meta["example_value"]``. Checked on torch 2.11 to 2.15.
     """
     return node.meta.get("example_value")
 
@@ -38,7 +39,7 @@ def tensor_subclass(node: fx.Node) -> type | None:
     """The class of an input whose operations are its own: one with tensors inside, or with ``__torch_function__``.
 
     Relies on ``torch.utils._python_dispatch.is_traceable_wrapper_subclass``, and on ``fx.Node.type`` being the class of
-    the real input, whose fake value is a plain one where it has no tensors inside. Checked on torch 2.11 and 2.13.
+    the real input, whose fake value is a plain one where it has no tensors inside. Checked on torch 2.11 to 2.15.
 
     Returns:
         The class; None for an ordinary tensor or Parameter.
@@ -60,7 +61,7 @@ def tensor_subclass(node: fx.Node) -> type | None:
 def set_gradients(graph: fx.Graph, enabled: bool) -> fx.Node:
     """Add a node that switches gradients on or off for those behind it, as ``no_grad`` in the model does.
 
-    Relies on ``torch._C._set_grad_enabled``. Checked on torch 2.11 and 2.13.
+    Relies on ``torch._C._set_grad_enabled``. Checked on torch 2.11 to 2.15.
     """
     return graph.call_function(find("torch._C", "_set_grad_enabled"), (enabled,))
 
@@ -69,7 +70,7 @@ def add_placeholder(graph: fx.Graph, name: str, example_value: object) -> fx.Nod
     """Append an input that Dynamo knows nothing of, behind the last placeholder.
 
     Relies on AOTAutograd taking ``_dynamo_source = None`` for an input without a source.
-    Checked on torch 2.11 and 2.13.
+    Checked on torch 2.11 to 2.15.
     """
     last = [n for n in graph.nodes if n.op == "placeholder"]
     where = graph.inserting_after(last[-1]) if last else graph.inserting_before(next(iter(graph.nodes)))
@@ -84,7 +85,7 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy whose graph may be changed: new nodes, same submodules and attributes, Dynamo's metadata carried over.
 
     Relies on ``GraphModule.meta``, ``_param_name_to_source``, each placeholder's ``_dynamo_source`` and
-    ``meta["grapharg"]``, and ``Graph._codegen``. Checked on torch 2.11 and 2.13.
+    ``meta["grapharg"]``, and ``Graph._codegen``. Checked on torch 2.11 to 2.15.
     """
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
@@ -109,7 +110,7 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
 def checkpoint_body(node: fx.Node) -> fx.Node | None:
     """The ``get_attr`` of the body that an activation-checkpoint node calls; None for every other node.
 
-    Relies on ``torch._higher_order_ops.wrap.tag_activation_checkpoint``. Checked on torch 2.11 and 2.13.
+    Relies on ``torch._higher_order_ops.wrap.tag_activation_checkpoint``. Checked on torch 2.11 to 2.15.
     """
     tag = find("torch._higher_order_ops.wrap", "tag_activation_checkpoint")
     if node.op == "call_function" and node.target is tag:
@@ -122,7 +123,7 @@ def checkpoint_body(node: fx.Node) -> fx.Node | None:
 def is_higher_order(node: fx.Node) -> bool:
     """Whether a node calls a higher-order operator (its graph lies in a submodule).
 
-    Relies on ``torch._ops.HigherOrderOperator``. Checked on torch 2.11 and 2.13.
+    Relies on ``torch._ops.HigherOrderOperator``. Checked on torch 2.11 to 2.15.
     """
     return isinstance(node.target, find("torch._ops", "HigherOrderOperator"))
 
@@ -131,10 +132,9 @@ def mark_recompute(node: fx.Node, group: int) -> None:
     """Have the partitioner compute the node again in backward instead of saving it.
 
     Relies on ``meta["recompute"]`` and ``meta["ac_graph_id"]`` as activation checkpointing sets them.
-    Checked on torch 2.11 and 2.13.
+    Checked on torch 2.11 to 2.15.
     """
-    policy = find("torch.utils.checkpoint", "CheckpointPolicy")
-    node.meta["recompute"] = policy.MUST_RECOMPUTE
+    node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
     node.meta["ac_graph_id"] = group
 
 
@@ -142,7 +142,7 @@ def graph_break(gm: fx.GraphModule) -> tuple[str, list[traceback.FrameSummary]] 
     """Why Dynamo ended a graph early, and the user's stack there; None for one that ends where its function does.
 
     Relies on ``GraphModule.compile_subgraph_reason``, which `torch._dynamo.explain` reads too.
-    Checked on torch 2.11 and 2.13.
+    Checked on torch 2.11 to 2.15.
     """
     cause = getattr(gm, "compile_subgraph_reason", None)
     if cause is None or not getattr(cause, "graph_break", False):

@@ -34,7 +34,7 @@ Index: TypeAlias = Sequence[Expr]
 class _Ops:
     """``torch._inductor.virtualized.ops``, by its operations' names.
 
-    Relies on ``virtualized.ops``. Checked on torch 2.11 and 2.13.
+    Relies on ``virtualized.ops``. Checked on torch 2.11 to 2.15.
     """
 
     def __getattr__(self, name: str) -> Callable[..., OpsValue]:
@@ -77,7 +77,7 @@ def product(sizes: Sequence[Expr]) -> Expr:
 def floordiv(a: Expr, b: Expr) -> Expr:
     """``a // b``.
 
-    Relies on ``torch.utils._sympy.functions.FloorDiv``. Checked on torch 2.11 and 2.13.
+    Relies on ``torch.utils._sympy.functions.FloorDiv``. Checked on torch 2.11 to 2.15.
     """
     quotient: Expr = find("torch.utils._sympy.functions", "FloorDiv")(sympy.sympify(a), sympy.sympify(b))
     return quotient
@@ -86,7 +86,7 @@ def floordiv(a: Expr, b: Expr) -> Expr:
 def ceildiv(a: Expr, b: int) -> Expr:
     """``a / b``, rounded up.
 
-    Relies on ``torch.utils._sympy.functions.FloorDiv``. Checked on torch 2.11 and 2.13.
+    Relies on ``torch.utils._sympy.functions.FloorDiv``. Checked on torch 2.11 to 2.15.
     """
     return floordiv(sympy.sympify(a) + (b - 1), sympy.Integer(b))
 
@@ -94,7 +94,7 @@ def ceildiv(a: Expr, b: int) -> Expr:
 def modular(a: Expr, divisor: Expr, modulus: Expr) -> Expr:
     """``a // divisor % modulus``.
 
-    Relies on ``torch.utils._sympy.functions.ModularIndexing``. Checked on torch 2.11 and 2.13.
+    Relies on ``torch.utils._sympy.functions.ModularIndexing``. Checked on torch 2.11 to 2.15.
     """
     rest: Expr = find("torch.utils._sympy.functions", "ModularIndexing")(sympy.sympify(a), divisor, modulus)
     return rest
@@ -107,7 +107,7 @@ def block_index(index: Expr, size: Expr, side: int) -> Expr:
     into n // d times d iterations: where d does not divide n the last n % d are never run. It looks for a loop
     variable as the dividend, so in that case the same number is written with another one.
 
-    Relies on ``torch.utils._sympy.functions.FloorDiv``. Checked on torch 2.11 and 2.13.
+    Relies on ``torch.utils._sympy.functions.FloorDiv``. Checked on torch 2.11 to 2.15.
     """
     if size % side == 0:
         return floordiv(index, sympy.Integer(side))
@@ -125,7 +125,7 @@ def flatten(index: Index, sizes: Sequence[Expr]) -> Expr:
 def unflatten(index: Expr, sizes: Sequence[Expr]) -> list[Expr]:
     """A row-major index into dims of these sizes -> one index per dim.
 
-    Relies on ``FloorDiv`` and ``ModularIndexing`` of ``torch.utils._sympy.functions``. Checked on torch 2.11 and 2.13.
+    Relies on ``FloorDiv`` and ``ModularIndexing`` of ``torch.utils._sympy.functions``. Checked on torch 2.11 to 2.15.
     """
     if len(sizes) <= 1:
         return [index] * len(sizes)
@@ -160,7 +160,7 @@ def pointwise(
 ) -> TensorBox:
     """The tensor of shape ``ranges`` whose element at an index is ``value(index)``.
 
-    Relies on ``ir.Pointwise``. Checked on torch 2.11 and 2.13.
+    Relies on ``ir.Pointwise``. Checked on torch 2.11 to 2.15.
     """
     return find("torch._inductor.ir", "Pointwise").create(
         device=device, dtype=dtype, inner_fn=value, ranges=list(ranges)
@@ -177,7 +177,7 @@ def reduction(
 ) -> TensorBox:
     """The ``"max"`` or ``"sum"`` over the dims ``reduced``; a GPU keeps up to 1024 elements in registers.
 
-    Relies on ``ir.Reduction`` and ``ir.ReductionHint``. Checked on torch 2.11 and 2.13.
+    Relies on ``ir.Reduction`` and ``ir.ReductionHint``. Checked on torch 2.11 to 2.15.
     """
     return find("torch._inductor.ir", "Reduction").create(
         device=device,
@@ -202,7 +202,7 @@ def scatter(
     """A row-major tensor of this size, whose element ``to(index)`` is ``value(index)``: each is written once.
 
     Relies on ``ir.Scatter``, ``ComputedBuffer``, ``FixedLayout``, ``FlexibleLayout.contiguous_strides`` and
-    ``TensorBox``, and on ``V.graph.register_buffer`` and ``register_operation``. Checked on torch 2.11 and 2.13.
+    ``TensorBox``, and on ``V.graph.register_buffer`` and ``register_operation``. Checked on torch 2.11 to 2.15.
     """
     written = find("torch._inductor.ir", "Scatter")(
         device=device, dtype=dtype, inner_fn=value, ranges=list(ranges), output_indexer=to, scatter_mode=None
@@ -219,7 +219,7 @@ def scatter(
 def view(x: TensorBox, size: Sequence[Expr]) -> TensorBox:
     """The tensor in another shape.
 
-    Relies on ``lowering.lowerings`` of ``aten.view``. Checked on torch 2.11 and 2.13.
+    Relies on ``lowering.lowerings`` of ``aten.view``. Checked on torch 2.11 to 2.15.
     """
     return find("torch._inductor.lowering", "lowerings")[torch.ops.aten.view.default](x, list(size))
 
@@ -227,7 +227,7 @@ def view(x: TensorBox, size: Sequence[Expr]) -> TensorBox:
 def amax(x: TensorBox, dims: Sequence[int]) -> TensorBox:
     """The largest value over some dims.
 
-    Relies on ``lowering.lowerings`` of ``aten.amax``. Checked on torch 2.11 and 2.13.
+    Relies on ``lowering.lowerings`` of ``aten.amax``. Checked on torch 2.11 to 2.15.
     """
     return find("torch._inductor.lowering", "lowerings")[torch.ops.aten.amax.default](x, dims)
 
@@ -235,7 +235,7 @@ def amax(x: TensorBox, dims: Sequence[int]) -> TensorBox:
 def sum(x: TensorBox, dims: Sequence[int]) -> TensorBox:
     """The sum over some dims.
 
-    Relies on ``lowering.lowerings`` of ``aten.sum``. Checked on torch 2.11 and 2.13.
+    Relies on ``lowering.lowerings`` of ``aten.sum``. Checked on torch 2.11 to 2.15.
     """
     return find("torch._inductor.lowering", "lowerings")[torch.ops.aten.sum.dim_IntList](x, dims)
 
@@ -243,7 +243,7 @@ def sum(x: TensorBox, dims: Sequence[int]) -> TensorBox:
 def to_dtype(x: TensorBox, dtype: torch.dtype) -> TensorBox:
     """The tensor in another dtype.
 
-    Relies on ``lowering.to_dtype``. Checked on torch 2.11 and 2.13.
+    Relies on ``lowering.to_dtype``. Checked on torch 2.11 to 2.15.
     """
     return find("torch._inductor.lowering", "to_dtype")(x, dtype)
 
@@ -251,7 +251,7 @@ def to_dtype(x: TensorBox, dtype: torch.dtype) -> TensorBox:
 def is_contiguous(x: TensorBox) -> bool:
     """Whether a stored tensor is row-major.
 
-    Relies on ``maybe_get_stride`` and ``ir.FlexibleLayout.contiguous_strides``. Checked on torch 2.11 and 2.13.
+    Relies on ``maybe_get_stride`` and ``ir.FlexibleLayout.contiguous_strides``. Checked on torch 2.11 to 2.15.
     """
     stride = x.maybe_get_stride()
     wanted = find("torch._inductor.ir", "FlexibleLayout").contiguous_strides(x.get_size())
@@ -261,7 +261,7 @@ def is_contiguous(x: TensorBox) -> bool:
 def plain_shape(x: TensorBox) -> list[int] | None:
     """The shape of a stored tensor, if it is static and the buffer is the tensor in row-major order.
 
-    Relies on ``ir.as_storage_and_layout``. Checked on torch 2.11 and 2.13.
+    Relies on ``ir.as_storage_and_layout``. Checked on torch 2.11 to 2.15.
     """
     if not is_contiguous(x) or find("torch._inductor.ir", "as_storage_and_layout")(x, freeze=True)[1].offset != 0:
         return None
@@ -275,7 +275,7 @@ def plain_shape(x: TensorBox) -> list[int] | None:
 def register_lowering(op: OpOverload, lower: Callable[..., TensorBox]) -> None:
     """Have Inductor call ``lower`` for the operator, unless it has a lowering.
 
-    Relies on ``lowering.lowerings`` and ``lowering.register_lowering``. Checked on torch 2.11 and 2.13.
+    Relies on ``lowering.lowerings`` and ``lowering.register_lowering``. Checked on torch 2.11 to 2.15.
 
     Raises:
         UnsupportedTorchError: a name is missing that this module needs, here or later: before a graph is compiled.
@@ -290,7 +290,7 @@ def register_lowering(op: OpOverload, lower: Callable[..., TensorBox]) -> None:
 def has_pointwise_user() -> bool:
     """Whether an elementwise operation reads the result of the node that is being lowered, through views or not.
 
-    Relies on ``V.graph.current_node``. Checked on torch 2.11 and 2.13.
+    Relies on ``V.graph.current_node``. Checked on torch 2.11 to 2.15.
     """
     elementwise = (torch.ops.prims.convert_element_type.default, torch.ops.aten.copy_.default)
     views = (torch.ops.aten.permute, torch.ops.aten.t, torch.ops.aten.view, torch.ops.aten.unsqueeze)

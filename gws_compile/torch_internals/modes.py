@@ -17,7 +17,7 @@ def plain_tensors() -> Iterator[None]:
     What is made at the first call of a graph is used in later ones, which may run in other modes. Dtypes and devices
     are to be given: the default ones are left as they are.
 
-    Relies on ``torch.utils._python_dispatch._disable_current_modes``. Checked on torch 2.11 and 2.13.
+    Relies on ``torch.utils._python_dispatch._disable_current_modes``. Checked on torch 2.11 to 2.15.
     """
     disabled = find("torch.utils._python_dispatch", "_disable_current_modes")
     with torch.inference_mode(False), torch.no_grad(), disabled():

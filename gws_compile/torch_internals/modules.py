@@ -15,7 +15,7 @@ def held_parameters(module: nn.Module) -> dict[str, Any]:
 
     ``named_parameters(recurse=False)`` says the same, but this is asked at each call of a graph, for each weight.
 
-    Relies on ``nn.Module._parameters``. Checked on torch 2.11 and 2.13.
+    Relies on ``nn.Module._parameters``. Checked on torch 2.11 to 2.15.
     """
     held: dict[str, Any] = module._parameters
     return held

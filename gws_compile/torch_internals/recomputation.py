@@ -33,7 +33,7 @@ def regions() -> Iterator[Region]:
     Relies on ``torch.autograd.function``, whose ``apply`` methods call forward and backward with the context as their
     first argument, on the context's ``next_functions``, empty where nothing is differentiated, and on
     ``torch.utils.checkpoint``: a checkpoint that is not re-entrant has a ``_CheckpointFrame``, in the generator ``gen``
-    of ``checkpoint`` and in ``unpack_hook``. Checked on torch 2.11 and 2.13.
+    of ``checkpoint`` and in ``unpack_hook``. Checked on torch 2.11 to 2.15.
     """
     inner: FrameType | None = None
     frame: FrameType | None = sys._getframe(1)
@@ -55,7 +55,7 @@ def inside_function_forward() -> bool:
 
     Of such a one it cannot be told whether it is differentiated.
 
-    Relies on what `regions` relies on. Checked on torch 2.11 and 2.13.
+    Relies on what `regions` relies on. Checked on torch 2.11 to 2.15.
     """
     inner: FrameType | None = None
     frame: FrameType | None = sys._getframe(1)

@@ -8,7 +8,12 @@ from functools import cache
 from types import FunctionType
 from typing import Any, Literal
 
+import torch
+
 from .lookup import find
+
+_PACKET: type[Any] = type(torch.ops.aten.add)
+_OVERLOAD: type[Any] = type(torch.ops.aten.add.Tensor)
 
 
 @dataclass(frozen=True)
@@ -33,16 +38,16 @@ def signatures(target: Any) -> tuple[Signature, ...]:
     """The signatures of what a node calls, one for each overload; none where nothing tells.
 
     Relies on ``torch._C._jit_get_schemas_for_operator``, and on the ``_schema`` of an operator of ``torch.ops``.
-    Checked on torch 2.11 and 2.13.
+    Checked on torch 2.11 to 2.15.
 
     Args:
         target: a function, an operator of ``torch.ops``, or the name of a tensor's method.
     """
     if isinstance(target, str):
         return _named(target)
-    if isinstance(target, find("torch._ops", "OpOverload")):
+    if isinstance(target, _OVERLOAD):
         return (_of_schema(target._schema),)
-    if isinstance(target, find("torch._ops", "OpOverloadPacket")):
+    if isinstance(target, _PACKET):
         return tuple(_of_schema(getattr(target, name)._schema) for name in target.overloads())
     if isinstance(target, FunctionType):
         return _of_python(target)
@@ -52,11 +57,11 @@ def signatures(target: Any) -> tuple[Signature, ...]:
 def namespace_of(target: Any) -> str:
     """The library that an operator of ``torch.ops`` is of, such as ``aten``; empty for what is none.
 
-    Relies on ``OpOverload.namespace`` and ``OpOverloadPacket._qualified_op_name``. Checked on torch 2.11 and 2.13.
+    Relies on ``OpOverload.namespace`` and ``OpOverloadPacket._qualified_op_name``. Checked on torch 2.11 to 2.15.
     """
-    if isinstance(target, find("torch._ops", "OpOverload")):
+    if isinstance(target, _OVERLOAD):
         return str(target.namespace)
-    if isinstance(target, find("torch._ops", "OpOverloadPacket")):
+    if isinstance(target, _PACKET):
         return str(target._qualified_op_name).partition("::")[0]
     return ""
 

@@ -33,7 +33,7 @@ class Source:
 def source_of(node: fx.Node) -> Source:
     """Where Dynamo met a node; torch's own frames are not in the stack that it records.
 
-    Relies on ``meta["stack_trace"]``, a text as the `traceback` module writes it. Checked on torch 2.11 and 2.13.
+    Relies on ``meta["stack_trace"]``, a text as the `traceback` module writes it. Checked on torch 2.11 to 2.15.
     """
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     stack = tuple(f"{file}:{line} in {function}" for file, line, function, _ in frames)

@@ -2,17 +2,21 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 from support import layers
+from support.private_tables import private_tables
 from torch import nn
 
-from gws_compile.torch_internals import inductor, lookup
+import gws_compile
+from gws_compile.torch_internals import dynamo, inductor, lookup, private_names
 from gws_compile.torch_internals.compilers import is_compiled, unwrapped
 from gws_compile.torch_internals.fake_tensors import map_tensors
+from gws_compile.torch_internals.private_names import PRIVATE_ATTRIBUTES, PRIVATE_NAMES
 
 MODULES = {name: one for name, one in layers.read_modules().items() if name.startswith(layers.TORCH_ROOM + ".")}
 FUNCTIONS = {
@@ -52,13 +56,73 @@ def test_every_function_says_what_it_relies_on():
     assert [name for name, docstring in text.items() if "Relies on " not in docstring or checked not in docstring] == []
 
 
-def test_a_missing_name_is_told_with_the_versions():
-    with pytest.raises(
-        lookup.UnsupportedTorchError, match=r"uses torch\._dynamo\.no_such.*checked on torch 2\.11 and 2\.13"
-    ):
+def attributes_of(tree):
+    """The private attributes that are read, written or asked for by name."""
+    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    asked = {
+        str(call.args[1].value)
+        for call in calls
+        if ast.unparse(call.func) in ("getattr", "hasattr") and isinstance(call.args[1], ast.Constant)
+    }
+    return {name for name in read | asked if name.startswith("_") and not name.startswith("__")} - {"_C", "_fields"}
+
+
+def test_the_list_has_every_private_name():
+    """A new use needs its line: what is lost without it, and what public name there is."""
+    assert {f"{path}.{name}" for path, name in FOUND} == set(PRIVATE_NAMES)
+    found = set().union(*(attributes_of(one.tree) for one in MODULES.values()))
+    own = {node.name for one in MODULES.values() for node in ast.walk(one.tree) if isinstance(node, ast.FunctionDef)}
+    assert found - own - {"_getframe"} == set(PRIVATE_ATTRIBUTES)
+    imported = {use for one in MODULES.values() for use in layers.private_uses(one) if "imports torch" in use}
+    assert all("OpOverload" in use or "FakeTensorMode" in use for use in imported)  # for the type checker
+
+
+def test_the_page_has_the_list():
+    page = (layers.ROOT / "docs" / "torch.md").read_text()
+    assert private_tables() in page, "run python tests/support/private_tables.py"
+
+
+def test_a_missing_name_is_told_with_its_feature_and_the_versions(monkeypatch):
+    use = private_names.PrivateName("drawing pictures")
+    names = {"torch._dynamo.no_such": use, "torch._no_such.name": use}
+    monkeypatch.setattr(lookup, "PRIVATE_NAMES", names)
+    match = r"uses torch\._dynamo\.no_such for this: drawing pictures\. torch .* checked on torch 2\.11 to 2\.15"
+    with pytest.raises(lookup.UnsupportedTorchError, match=match):
         lookup.find("torch._dynamo", "no_such")
     with pytest.raises(lookup.UnsupportedTorchError, match=r"uses torch\._no_such\.name"):
         lookup.find("torch._no_such", "name")
+
+
+def test_what_only_tells_is_spared(monkeypatch):
+    """A run does not end for the cause of a recompilation that a report would name."""
+    called = []
+
+    def gone(path, name):
+        called.append(name)
+        raise lookup.UnsupportedTorchError(f"uses {name}")
+
+    monkeypatch.setattr(dynamo, "find", gone)
+    with pytest.warns(gws_compile.GwsWarning, match="uses CompileContext. It goes on without"):
+        assert dynamo.compilation() == ("", "")
+    assert dynamo.compilation() == ("", "")  # said once
+    with pytest.warns(gws_compile.GwsWarning, match="uses dynamo_timed. It goes on without"), dynamo.timed("name"):
+        called.append("body")
+    assert called == ["CompileContext", "CompileContext", "dynamo_timed", "body"]
+    lookup._warn_once.cache_clear()
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.13.0+cpu", "2.15.1+cu132", "2.15.0a0+git1234"])
+def test_known_versions_are_no_news(version):
+    lookup.warn_of_newer_torch(version)
+
+
+@pytest.mark.parametrize("version", ["2.16.0+cu132", "3.0.0"])
+def test_a_newer_torch_is_said_once(version):
+    lookup.warn_of_newer_torch.cache_clear()
+    with pytest.warns(gws_compile.GwsWarning, match=rf"checked on torch 2\.11 to 2\.15, this is {re.escape(version)}"):
+        lookup.warn_of_newer_torch(version)
+    lookup.warn_of_newer_torch(version)
 
 
 def test_a_lowering_needs_every_name_from_the_start(monkeypatch):
