@@ -1,9 +1,10 @@
-# Everything runs in .venv, which the first target that needs it sets up.
+# Everything runs in .venv, which the first target that needs it sets up. TORCH=2.13.0 asks for a version of torch there.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+OTHER := .venvs/$(TORCH)
 
-.PHONY: demo test check lint types clean
+.PHONY: demo test check lint types test-torch clean
 
 demo: $(STAMP)  ## train a small GPT-2, plain and with PQT, side by side
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -25,8 +26,19 @@ types: $(STAMP)
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(if $(TORCH),$(BIN)/python -m pip install -q torch==$(TORCH))
 	$(BIN)/python -m pip install -q -e '.[dev,examples]'
 	touch $@
 
+# Its own environment, from whatever packages pip finds: set PIP_INDEX_URL for builds without CUDA. The results become a
+# row of docs/torch-versions.md.
+test-torch:  ## the tests on another torch: make test-torch TORCH=2.15.0 [ARGS=tests/passes]
+	@test -n "$(TORCH)" || (echo "which torch? make test-torch TORCH=2.15.0" && false)
+	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
+	$(OTHER)/bin/python -m pip install -q torch==$(TORCH) -e '.[dev,examples]'
+	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(OTHER)/inductor $(OTHER)/bin/python -m pytest -n 2 \
+	    --junitxml=$(OTHER)/results.xml $(ARGS) || true
+	$(OTHER)/bin/python benchmarks/torch_versions.py $(OTHER)/results.xml $(ARGS)
+
 clean:
-	rm -rf .venv out build dist *.egg-info
+	rm -rf .venv .venvs out build dist *.egg-info

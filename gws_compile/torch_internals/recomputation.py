@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import FrameType
+from types import CodeType, FrameType
 
 import torch
 
 _AUTOGRAD = "torch.autograd.function"
 _CHECKPOINT = "torch.utils.checkpoint"
+_MODULE = "torch.nn.modules.module"
 
 
 @dataclass(frozen=True)
@@ -30,24 +32,24 @@ class Region:
 def regions() -> Iterator[Region]:
     """The regions of this thread's stack, from the inside outwards.
 
-    Relies on ``torch.autograd.function``, whose ``apply`` methods call forward and backward with the context as their
-    first argument, on the context's ``next_functions``, empty where nothing is differentiated, and on
-    ``torch.utils.checkpoint``: a checkpoint that is not re-entrant has a ``_CheckpointFrame``, in the generator ``gen``
-    of ``checkpoint`` and in ``unpack_hook``. Checked on torch 2.11 to 2.15.
+    Relies on the context being the first argument of a Function's forward and backward, on its ``next_functions``,
+    empty where nothing is differentiated, and on ``torch.utils.checkpoint``: a checkpoint that is not re-entrant has a
+    ``_CheckpointFrame``, in ``unpack_hook`` and in the generator ``gen`` of ``checkpoint``, from 2.14 on of
+    ``_checkpoint_impl``.
+    Checked on torch 2.11 to 2.15.
     """
-    inner: FrameType | None = None
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    last: object = None
+    for frame in _frames():
         name = frame.f_code.co_name
-        if name == "apply" and inner is not None and frame.f_globals.get("__name__") == _AUTOGRAD:
-            context = _context(inner)
-            if context is not None:
-                yield Region(context, bool(context.next_functions) and not torch.is_grad_enabled())
-        elif name in ("checkpoint", "unpack_hook") and frame.f_globals.get("__name__") == _CHECKPOINT:
+        if name in ("checkpoint", "_checkpoint_impl", "unpack_hook") and frame.f_globals.get("__name__") == _CHECKPOINT:
             token = _checkpoint_frame(frame)
             if token is not None:
                 yield Region(token, differentiated=False)
-        inner, frame = frame, frame.f_back
+        elif _may_be_of_function(frame):
+            context = _context(frame)
+            if context is not None and context is not last:  # a decorator, and what it is around
+                last = context
+                yield Region(context, bool(context.next_functions) and not torch.is_grad_enabled())
 
 
 def inside_function_forward() -> bool:
@@ -57,17 +59,42 @@ def inside_function_forward() -> bool:
 
     Relies on what `regions` relies on. Checked on torch 2.11 to 2.15.
     """
-    inner: FrameType | None = None
-    frame: FrameType | None = sys._getframe(1)
+    return any(
+        frame.f_code.co_name == "forward"
+        and _may_be_of_function(frame)
+        and _context(frame) is None
+        and _is_forward_of_function(frame.f_code)
+        for frame in _frames()
+    )
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
-        if (
-            inner is not None
-            and frame.f_code.co_name == "apply"
-            and frame.f_globals.get("__name__") == _AUTOGRAD
-            and _context(inner) is None
-        ):
+        yield frame
+        frame = frame.f_back
+
+
+def _may_be_of_function(frame: FrameType) -> bool:
+    """Whether a frame may be the forward or backward of an ``autograd.Function``, and is not that of a module.
+
+    Whose variables are read is chosen with care: up to Python 3.12 a frame keeps a copy of what was read, and with it
+    alive what its function deletes later on. Up to torch 2.13 both are called by ``apply``, a Python function; from
+    2.14 on a forward is called by C++.
+    """
+    caller = frame.f_back
+    called_by = None if caller is None else caller.f_globals.get("__name__")
+    if caller is not None and caller.f_code.co_name in ("apply", "apply_boxed") and called_by == _AUTOGRAD:
+        return True  # whatever a decorator calls it
+    return frame.f_code.co_name in ("forward", "backward", "vjp") and called_by != _MODULE
+
+
+def _is_forward_of_function(code: CodeType) -> bool:
+    kinds = [torch.autograd.Function]
+    for kind in kinds:
+        kinds += type.__subclasses__(kind)
+        if getattr(inspect.unwrap(kind.forward), "__code__", None) is code:
             return True
-        inner, frame = frame, frame.f_back
     return False
 
 

@@ -17,6 +17,7 @@ def test_functions_take_turns() -> None:
     assert timing.ratio([2.0, 30.0, 4.0], [1.0, 10.0, 4.0]) == 2.0
 
 
+@pytest.mark.slow
 def test_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kernels = importlib.import_module("kernels")
     arguments = "--device cpu --shape 64x96 --dtype bfloat16 --rounds 2"

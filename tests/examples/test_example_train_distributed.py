@@ -90,6 +90,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 @needs_proc
 def test_a_killed_and_continued_run_repeats_the_losses(tmp_path: Path, expected: list[float]) -> None:
     checkpoints = tmp_path / "ddp"

@@ -61,7 +61,7 @@ UNIFORM = {"fmt": "fp6_e3m2", "noise": "uniform", "bits": 3.5, "scale": "ceil", 
     ("make", "inner", "settings"),
     [
         (gpt2, "inductor", {"fmt": "fp8_e4m3"}),
-        (llama, "inductor", {**UNIFORM, "backward": "recompute"}),
+        pytest.param(llama, "inductor", {**UNIFORM, "backward": "recompute"}, marks=pytest.mark.slow),
         (gpt2, "eager", {**UNIFORM, "backward": "recompute"}),
         (llama, "eager", {"fmt": "fp8_e4m3"}),
         (llama, "aot_eager", {"fmt": "fp4_e2m1", "scale": None}),
