@@ -233,6 +233,7 @@ CHAINED = {
     "CallFunctionNoArgsSource": ((), ["weight"]),
     "CellContentsSource": (("cell_contents",), ["weight"]),
     "ConstDictKeySource": ((1,), ["1", "weight"]),
+    "ContextVarGetSource": ((), ["get", "weight"]),
     "DefaultsSource": ((0,), ["weight"]),
     "DictGetItemSource": (("a",), ["a", "weight"]),
     "DictSubclassGetItemSource": (("a",), ["a", "weight"]),
@@ -274,6 +275,8 @@ OTHERS = {
     *("BackwardStateSource", "ConstantSource", "CurrentStreamSource", "EphemeralSource", "GlobalStateSource"),
     *("LocalCellSource", "RandomValueSource", "ShapeEnvSource", "TempLocalSource", "TensorPropertySource"),
     "TorchFunctionModeStackSource",
+    # From torch 2.15 on: a reversed list that is held by its iterator; a collective's result.
+    *("ListReverseIteratorBackingListSource", "UnwrapCollectiveTensorSource"),
 }  # fmt: skip
 
 BASES = {"ChainedSource", "Source"}

@@ -48,6 +48,8 @@ def data(model):
 
 
 def swap(model):
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14):
+        pytest.skip("from torch 2.14 on a compiled model's parameters cannot be swapped, whatever the backend")
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         model.to(torch.bfloat16)

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from support import eager
-from support.small_models import Net
+from support.small_models import Net, traces_own_modules
 from torch import nn
 
 import gws_compile
@@ -166,6 +166,8 @@ def test_layers_that_share_a_graph_are_no_repetition():
 
 
 def test_a_backend_that_nothing_goes_through_is_named():
+    if traces_own_modules():
+        pytest.skip("this torch traces its own modules: something goes through")
     waiting = gws_compile.backend()  # one that is given to nothing has nothing to say
     model = nn.Sequential(nn.Linear(4, 4))
     model.compile(backend=gws_compile.backend("fp6_e3m2", inner="eager"))  # torch compiles nothing here

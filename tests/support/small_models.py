@@ -1,5 +1,7 @@
 """The smallest models that several test files train, on 40 features unless they say otherwise."""
 
+from functools import cache
+
 import torch
 from torch import nn
 
@@ -48,3 +50,13 @@ class TwoBlocks(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.out(self.second(self.first(x)))
+
+
+@cache
+def traces_own_modules() -> bool:
+    """Whether this torch traces its own modules after ``module.compile()``: from 2.14 on."""
+    graphs = []
+    module = nn.Linear(2, 2)
+    module.compile(backend=lambda gm, inputs: graphs.append(gm) or gm.forward)
+    module(torch.ones(1, 2))
+    return bool(graphs)
