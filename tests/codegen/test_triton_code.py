@@ -227,7 +227,7 @@ def test_a_weight_costs_one_kernel_that_reads_it_once(outcomes, name):
 def test_a_cast_behind_the_operator_costs_two_kernels_and_no_copy(outcomes):
     source = code(outcomes["4096 x 4096, read twice"])
     maximum, sampling = kernel_sources(source).values()
-    assert "@triton_heuristics.reduction(" in maximum
+    assert re.search(r"@triton_heuristics\.(persistent_)?reduction\(", maximum)  # the first up to torch 2.14
     assert "@triton_heuristics.pointwise(" in sampling
     # The block maxima, the sampled weight (once, as bf16: the cast behind the operator is fused into it), the result.
     buffers = re.findall(r"= empty_strided_cuda\(\(([\d, ]+)\), \([\d, ]+\), torch\.(\w+)\)", source)

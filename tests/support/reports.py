@@ -11,6 +11,10 @@ from torch import nn
 
 import gws_compile
 
+LSTM = "Attempted to wrap RNN, GRU, or LSTM"
+LEAVES_FRAME = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 15)
+"""Whether this torch leaves the whole frame that calls an LSTM, or goes on behind the call."""
+
 VOID = {"meta", "br", "wbr", "line", "rect", "path"}
 
 
