@@ -57,6 +57,7 @@ if __name__ == "__main__":
     else:
         main(steps, end)
     if "RANK" in os.environ:
+        torch.distributed.barrier()  # gloo's threads end badly where the other rank has gone
         torch.distributed.destroy_process_group()
     sys.exit(3 if end == "exit" else 0)
 """
