@@ -93,9 +93,9 @@ class WidthParameters:
         """
         if slot.name is not None or slot in self._prepared:
             return self.parameter(weight, slot, batch_dims)
-        own = self._name_of(slot)
+        own = self.find(slot)
         if own is not None:
-            return self.by_name[own].parameter
+            return own.parameter
         self._forget_gone(slot)
         name = next((name for name in self._loaded if without_number(name) == slot.path), None)
         original = self.original(slot) if name is None else None
@@ -178,18 +178,11 @@ class WidthParameters:
         for name in gone:
             del self.by_name[name]
 
-    def _name_of(self, slot: Slot) -> str | None:
-        """The name under which a weight has widths of its own."""
-        name = self._prepared.get(slot, slot.name)
-        if name is None:
-            name = next((name for name, widths in self.by_name.items() if widths.slot is slot), None)
-        known = None if name is None else self.by_name.get(name)
-        return None if known is None or known.slot is not slot else name
-
     def own(self, slot: Slot) -> nn.Parameter | None:
-        """The b_i of a weight; None where it has none of its own."""
-        name = self._name_of(slot)
-        return None if name is None else self.by_name[name].parameter
+        """The b_i of a weight that has been trained or prepared; None where it has none of its own."""
+        name = self._prepared.get(slot, slot.name)
+        known = None if name is None else self.by_name.get(name)
+        return None if known is None or known.slot is not slot else known.parameter
 
     def original(self, slot: Slot) -> nn.Parameter | None:
         """The b_i of the weight that one without own widths is a copy of, as far as can be told.
@@ -197,7 +190,7 @@ class WidthParameters:
         That is a weight of the same name and shape: that of an average of weights, a target network, a deep copy in the
         middle of training. One that has been trained comes before others.
         """
-        if self.own(slot) is not None:
+        if self.find(slot) is not None:
             return None
         found = [
             widths
@@ -213,8 +206,7 @@ class WidthParameters:
 
     def find(self, slot: Slot) -> WeightWidths | None:
         """What there is of a weight; None for one without learned widths."""
-        name = self._name_of(slot)
-        return None if name is None else self.by_name[name]
+        return next((widths for widths in self.by_name.values() if widths.slot is slot), None)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name (the weight's, and ``.bits``) and b_i."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable, Sequence
 from types import FunctionType, MethodType
@@ -138,17 +137,6 @@ def inside_jit_trace() -> bool:
     Relies on ``torch._C._is_tracing``. Checked on torch 2.11 to 2.15.
     """
     return bool(torch._C._is_tracing())
-
-
-def is_given_to_compile(backend: object) -> bool:
-    """Whether a compiled function that is alive was made by ``torch.compile(..., backend=backend)``.
-
-    Looks at every object that the garbage collector knows: some 50 ms.
-
-    Relies on ``torch._TorchCompileWrapper``. Checked on torch 2.11 to 2.15.
-    """
-    wrapper = find("torch", "_TorchCompileWrapper")
-    return any(type(thing) is wrapper and backend_of(thing) is backend for thing in gc.get_objects())
 
 
 @spared(list)

@@ -4,19 +4,14 @@ import contextlib
 
 import pytest
 import torch
-from torch import nn
+from support.small_models import OneLayer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gws_compile
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(8, 8, bias=False)
-
-    def forward(self, x):
-        return self.fc(x)
+def net():
+    return OneLayer(8, 8, bias=False)
 
 
 @contextlib.contextmanager
@@ -59,7 +54,7 @@ def run(state, bits, granularity, average):
     """The first call in a mode, then three steps without it: outputs, gradients, widths, state."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model, x = Net(), torch.randn(4, 8)
+    model, x = net(), torch.randn(4, 8)
     settings = {}
     if bits:
         settings = {"bits": gws_compile.LearnedBits(granularity=granularity, average=average)}
@@ -100,7 +95,7 @@ def test_in_a_fake_mode():
     """A model's first call on fake inputs, to learn shapes, with real weights."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model, backend = Net(), gws_compile.backend("fp6_e3m2", inner="eager")
+    model, backend = net(), gws_compile.backend("fp6_e3m2", inner="eager")
     compiled = torch.compile(model, backend=backend)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert compiled(mode.from_tensor(torch.randn(4, 8))).shape == (4, 8)

@@ -5,6 +5,7 @@ import gc
 
 import pytest
 import torch
+from support.small_models import OneLayer
 from torch import nn
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
@@ -18,13 +19,8 @@ EYE = torch.eye(8)
 pytestmark = pytest.mark.usefixtures("reset")
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(8, 8, bias=False)
-
-    def forward(self, x):
-        return self.fc(x)
+def net():
+    return OneLayer(8, 8, bias=False)
 
 
 def used(call, dtype=torch.float32):
@@ -76,7 +72,7 @@ REPLACED = [assign, new_parameter, data, swap, overwrite, to_empty]
 
 @pytest.mark.parametrize("replace", REPLACED, ids=lambda f: f.__name__)
 def test_a_weight_keeps_its_name_and_a_resumed_run_draws_the_same(replace):
-    model, backend = Net(), gws_compile.backend(FMT, inner="eager")
+    model, backend = net(), gws_compile.backend(FMT, inner="eager")
     compiled = torch.compile(model, backend=backend)
     used(compiled)
     backend.step()
@@ -94,7 +90,7 @@ def test_a_weight_keeps_its_name_and_a_resumed_run_draws_the_same(replace):
 
 @pytest.mark.parametrize("how", ["module", "function"])
 def test_functional_call_with_tensors_of_each_call(how):
-    model, backend = Net(), gws_compile.backend(FMT, inner="eager")
+    model, backend = net(), gws_compile.backend(FMT, inner="eager")
     compiled = torch.compile(model if how == "module" else lambda x: model(x), backend=backend)
     prefix = "_orig_mod." if how == "module" else ""
     target = compiled if how == "module" else model
@@ -125,7 +121,7 @@ def test_functional_call_with_tensors_of_each_call(how):
 
 
 def test_nothing_grows_with_the_calls():
-    model, backend = Net(), gws_compile.backend(FMT, inner="eager")
+    model, backend = net(), gws_compile.backend(FMT, inner="eager")
     compiled = torch.compile(model, backend=backend)
 
     def calls(count):
@@ -161,7 +157,7 @@ def test_a_tied_weight_that_is_untied_and_tied_again():
 
 @pytest.mark.parametrize("gone", [False, True])
 def test_a_copy_is_a_weight_of_its_own_and_a_resumed_run_draws_as_it_did(gone):
-    model, backend = Net(), gws_compile.backend(FMT, inner="eager")
+    model, backend = net(), gws_compile.backend(FMT, inner="eager")
     used(torch.compile(model, backend=backend))
     copied = copy.deepcopy(model)
     if gone:
@@ -192,7 +188,7 @@ def train(compiled, model, backend, steps=5):
 
 @pytest.mark.parametrize("replace", REPLACED, ids=lambda f: f.__name__)
 def test_learned_widths_stay(replace):
-    model, backend = Net(), learned()
+    model, backend = net(), learned()
     backend.prepare(model, EYE)
     compiled = torch.compile(model, backend=backend)
     train(compiled, model, backend)
@@ -211,7 +207,7 @@ def test_learned_widths_stay(replace):
 
 @pytest.mark.parametrize("how", ["deep copy", "averaged"])
 def test_a_copy_that_is_evaluated_is_cast_with_the_trained_widths(how):
-    model, backend = Net(), learned()
+    model, backend = net(), learned()
     compiled = torch.compile(model, backend=backend)
     backend.prepare(model, EYE)
     train(compiled, model, backend, steps=30)
@@ -223,7 +219,7 @@ def test_a_copy_that_is_evaluated_is_cast_with_the_trained_widths(how):
 
 
 def test_a_copy_that_is_trained_starts_with_the_widths_of_its_original():
-    model, backend = Net(), learned()
+    model, backend = net(), learned()
     compiled = torch.compile(model, backend=backend)
     backend.prepare(model, EYE)
     train(compiled, model, backend, steps=30)
@@ -241,7 +237,7 @@ def test_a_copy_that_is_trained_starts_with_the_widths_of_its_original():
 
 def test_prepared_on_the_meta_device():
     with torch.device("meta"):
-        model = Net()
+        model = net()
     backend = learned()
     backend.prepare(model, torch.empty(4, 8, device="meta"))
     (parameter,) = backend.parameters()
@@ -261,7 +257,7 @@ def test_a_copy_that_is_evaluated_before_the_first_step_takes_no_name(fresh, beg
     prepared, resumed = "prepared" in begin, "resumed" in begin
     saved = {}
     if resumed:
-        model, backend = Net(), learned()
+        model, backend = net(), learned()
         backend.prepare(model, EYE)
         train(torch.compile(model, backend=backend), model, backend)
         saved = {"model": model.state_dict(), "backend": backend.state_dict()}
@@ -269,7 +265,7 @@ def test_a_copy_that_is_evaluated_before_the_first_step_takes_no_name(fresh, beg
     def run(evaluate):
         torch._dynamo.reset()
         torch.manual_seed(0)
-        model, backend, copied = Net(), learned(), None
+        model, backend, copied = net(), learned(), None
         compiled = torch.compile(model, backend=backend)
         if resumed:
             model.load_state_dict(saved["model"])
@@ -305,7 +301,7 @@ def test_a_copy_that_is_evaluated_before_the_first_step_takes_no_name(fresh, beg
 
 
 def test_two_models_that_are_evaluated_behind_a_resume_have_their_own_widths(fresh):
-    one, two, backend = Net(), Net(), learned()
+    one, two, backend = net(), net(), learned()
     for model in (one, two):
         backend.prepare(model, EYE)
     bits = dict(zip(("one", "two"), backend.parameters(), strict=True))
