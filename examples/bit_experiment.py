@@ -28,6 +28,7 @@ from typing import Any
 
 import matplotlib as mpl
 import torch
+from compute_dtype import add_dtype_option, chosen_dtype, describe
 from optimizing import adamw, learning_rate_schedule
 from small_models import MODELS, SIZES, build_model
 from tabulate import tabulate
@@ -64,7 +65,7 @@ class Setting:
 
 def settings() -> Iterator[Setting]:
     """The rows."""
-    yield Setting("plain bf16", None)
+    yield Setting("plain", None)
     fixed = ("fp8_e4m3", "fp6_e3m2", "fp4_e2m1")
     for noise, label in (("rounded_normal", ""), ("uniform", ", uniform noise")):
         if noise == "uniform":
@@ -83,8 +84,10 @@ def settings() -> Iterator[Setting]:
         )
 
 
-def train(setting: Setting, kind: str, text: Text, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Train one model and measure it."""
+def train(
+    setting: Setting, kind: str, text: Text, seed: int, dtype: torch.dtype, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Train one model, computed in ``dtype``, and measure it."""
     torch.manual_seed(seed)
     device = torch.device(args.device)
     model = build_model(kind, SIZES[args.size], args.seq).to(device)
@@ -94,7 +97,7 @@ def train(setting: Setting, kind: str, text: Text, seed: int, args: argparse.Nam
     compiled = torch.compile(model, backend=backend or args.inner, fullgraph=True)
 
     def loss_of(tokens: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
             loss: torch.Tensor = compiled(input_ids=tokens, labels=tokens).loss
         return loss
 
@@ -124,6 +127,7 @@ def train(setting: Setting, kind: str, text: Text, seed: int, args: argparse.Nam
         "model": kind,
         "setting": setting.name,
         "seed": seed,
+        "dtype": str(dtype).removeprefix("torch."),
         "trained": trained,
         "deployed": deployed,
         "seconds": seconds,
@@ -166,11 +170,18 @@ def run(args: argparse.Namespace) -> None:
     done["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
     done["text"] = text.name
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    dtype = chosen_dtype(args.dtype, torch.device(args.device))
+    others = {r["dtype"] for r in done["runs"]} - {str(dtype).removeprefix("torch.")}
+    if others:
+        raise SystemExit(
+            f"{args.out} has runs computed in {', '.join(others)}: give the same --dtype, or another --out"
+        )
+    print(f"computed in {describe(dtype, asked=args.dtype != 'auto')}")
     progress = tqdm(todo, unit="run", mininterval=1)
     for setting, seed in progress:
         progress.set_description(f"{args.model}: {setting.name}, seed {seed}")
         torch._dynamo.reset()  # the models of former runs would count as recompilations of this one's code
-        done["runs"].append(train(setting, args.model, text, seed, args))
+        done["runs"].append(train(setting, args.model, text, seed, dtype, args))
         args.out.write_text(json.dumps(done, indent=1) + "\n")
 
 
@@ -187,7 +198,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def rows(runs: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """A row for each setting, over the seeds; differences to plain training are taken seed by seed."""
-    plain = {r["seed"]: r["deployed"] for r in runs if r["setting"] == "plain bf16"}
+    plain = {r["seed"]: r["deployed"] for r in runs if r["setting"] == "plain"}
     for name in dict.fromkeys(r["setting"] for r in runs):
         mine = [r for r in runs if r["setting"] == name]
         yield {
@@ -214,7 +225,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
                 row["name"],
                 pair(row["trained"]),
                 pair(row["deployed"]),
-                "" if row["name"] == "plain bf16" else f"{row['difference'][0]:+.4f} ± {row['difference'][1]:.4f}",
+                "" if row["name"] == "plain" else f"{row['difference'][0]:+.4f} ± {row['difference'][1]:.4f}",
                 "" if row["average"] is None else f"{row['average']:.2f}",
                 f"{row['bytes'] / 1024:,.0f}",
             )
@@ -249,8 +260,8 @@ def plot(path: Path, kind: str, found: Sequence[dict[str, Any]]) -> None:
                     capsize=3,
                     label=f"{label}, {'learned' if learned else 'fixed'}",
                 )
-    plain = next(r for r in found if r["name"] == "plain bf16")
-    axes.axhline(plain["deployed"][0], color="gray", linestyle="--", label="plain bf16")
+    plain = next(r for r in found if r["name"] == "plain")
+    axes.axhline(plain["deployed"][0], color="gray", linestyle="--", label="plain")
     axes.set(
         xlabel="average bit width b (points spread sideways)",
         ylabel="deployed held-out loss (nats per byte)",
@@ -289,6 +300,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ... (default: %(default)s)"
     )
+    add_dtype_option(runs)
     add("--out", type=Path, default=Path("out/bits.json"), metavar="FILE", help="figures (default: %(default)s)")
     runs.set_defaults(act=run)
     reports = commands.add_parser("report", help="print the tables of such files")

@@ -26,10 +26,9 @@ import json
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ from optimizing import adamw, learning_rate_schedule
 from small_models import MODELS, build_model
 from tabulate import tabulate
 from text_data import Text
+from ticking import seconds_between_lines, ticking
 from tqdm import tqdm
 from train_options import Settings, parse
 
@@ -94,7 +94,8 @@ class Run:
 
     def loss(self, tokens: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy of the next byte."""
-        with torch.autocast(self.settings.device.type, dtype=torch.bfloat16):
+        enabled = self.settings.dtype is torch.bfloat16
+        with torch.autocast(self.settings.device.type, dtype=torch.bfloat16, enabled=enabled):
             return self.compiled(input_ids=tokens, labels=tokens).loss
 
     def train_step(self, tokens: torch.Tensor) -> None:
@@ -137,18 +138,18 @@ def train(runs: Sequence[Run], text: Text, settings: Settings) -> None:
     held_out = [tokens.to(settings.device) for tokens in held_out]
     batches = text.batches(settings.batch, settings.seq, seed=settings.seed)
     points = {round(settings.steps * i / HELD_OUT_POINTS) for i in range(HELD_OUT_POINTS)}
-    interval = 0.5 if sys.stderr.isatty() else 10
-    progress = tqdm(range(settings.steps), desc="compiling", unit="step", mininterval=interval)
+    progress = tqdm(range(settings.steps), desc="training", unit="step", mininterval=seconds_between_lines())
     for step, tokens in zip(progress, batches, strict=False):
         if step in points:
             for run in runs:
-                run.held_out.append((step, run.held_out_loss(held_out)))
+                with compiling(progress, run, "to evaluate", step):
+                    run.held_out.append((step, run.held_out_loss(held_out)))
         # In changing order, so that no run always finds the caches as another one has left them.
         for run in runs if step % 2 == 0 else reversed(runs):
-            run.train_step(tokens.to(settings.device))
+            with compiling(progress, run, "to train", step):
+                run.train_step(tokens.to(settings.device))
             if step == 0 and run.backend is not None:
                 progress.write(f"{run.name}: {report_line(run.backend)}")
-        progress.set_description("training", refresh=False)
         progress.set_postfix({run.name: _postfix(run) for run in runs}, refresh=False)
 
     plain = runs[0]
@@ -157,6 +158,11 @@ def train(runs: Sequence[Run], text: Text, settings: Settings) -> None:
         if run.backend is not None and not run.learned:
             with cast_weights(plain.model, run.backend):
                 run.cast_afterwards = plain.held_out_loss(held_out)
+
+
+def compiling(progress: tqdm, run: Run, purpose: str, step: int) -> AbstractContextManager[None]:
+    """The first step traces and compiles; the progress bar says so."""
+    return ticking(progress, f"tracing and compiling {run.name}, {purpose}") if step == 0 else nullcontext()
 
 
 def _postfix(run: Run) -> str:
@@ -226,7 +232,7 @@ def figures(runs: Sequence[Run], text: Text, settings: Settings) -> dict[str, An
     """Everything that was set and measured, for JSON."""
     plain = runs[0]
     return {
-        "settings": {**asdict(settings), "device": str(settings.device), "out": str(settings.out)},
+        "settings": {name: _plain_value(value) for name, value in asdict(settings).items()},
         "text": {"name": text.name, "train_bytes": len(text.train), "held_out_bytes": len(text.held_out)},
         "machine": machine(settings.device),
         "versions": {
@@ -252,6 +258,10 @@ def figures(runs: Sequence[Run], text: Text, settings: Settings) -> dict[str, An
             for run in runs
         ],
     }
+
+
+def _plain_value(value: Any) -> Any:
+    return str(value).removeprefix("torch.") if isinstance(value, (Path, torch.device, torch.dtype)) else value
 
 
 def _backend_figures(backend: gws_compile.Backend) -> dict[str, Any]:
@@ -291,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     title = (
         f"{MODELS[settings.model]}, {shape.layers} layers of width {shape.width}, {parameters / 1e6:.3g} M parameters"
     )
-    data = f"{text.name}, {settings.batch} x {settings.seq} bytes a step, bf16 autocast"
+    data = f"{text.name}, {settings.batch} x {settings.seq} bytes a step, {settings.computed_in}"
     print(f"{title}\n{data}, on {machine(settings.device)['name']}")
 
     runs = [Run("plain", model, None, settings)]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compute_dtype import add_dtype_option, chosen_dtype, describe
 from small_models import MODELS, SIZES, Size
 from text_data import Text, load_text
 
@@ -28,6 +29,8 @@ class Settings:
         model: a key of `MODELS`.
         size: a key of `SIZES`.
         shape: the model's shape; its training figures hold where no option replaces them.
+        dtype: what products are computed in.
+        computed_in: the same in words.
     """
 
     model: str
@@ -40,6 +43,8 @@ class Settings:
     seed: int
     inner: str
     device: torch.device
+    dtype: torch.dtype
+    computed_in: str
     out: Path
 
 
@@ -58,10 +63,13 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Text, dict[str, gws_com
     add("--average", type=float, default=5.0, help="average that learned widths end with (default: %(default)s)")
     add("--backward", default="save", help="save, or recompute the weights in backward (default: %(default)s)")
     add_training_options(parser, size)
+    add_dtype_option(parser)
     add("--out", type=Path, default=Path("out"), metavar="DIR", help="where picture and figures go (default: out)")
     add("--device", default=device, help="cpu, cuda, cuda:1, ... (default: %(default)s here)")
     args = parser.parse_args(argv)
     try:
+        target = _device(args.device)
+        dtype = chosen_dtype(args.dtype, target)
         settings = Settings(
             args.model,
             args.size,
@@ -69,7 +77,9 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Text, dict[str, gws_com
             **training_figures(args),
             seed=args.seed,
             inner=args.inner,
-            device=_device(args.device),
+            device=target,
+            dtype=dtype,
+            computed_in=describe(dtype, asked=args.dtype != "auto"),
             out=args.out,
         )
         backends = [

@@ -18,11 +18,12 @@ experiment = importlib.import_module("bit_experiment")
 def test_a_run_of_each_kind(tmp_path):
     out = tmp_path / "bits.json"
     options = ["--steps=2", "--batch=2", "--seq=16", "--seeds=1", "--inner=eager", f"--data={__file__}", f"--out={out}"]
+    options.append("--dtype=float32")
     for only in ("plain", "fixed fp6_e3m2, no noise", "learned per weight, average 5, uniform"):
         experiment.main(["run", *options, f"--only={only}"])
     runs = json.loads(out.read_text())["runs"]
     assert [r["setting"] for r in runs] == [
-        "plain bf16", "fixed fp6_e3m2, no noise (straight-through)", "learned per weight, average 5, uniform noise"
+        "plain", "fixed fp6_e3m2, no noise (straight-through)", "learned per weight, average 5, uniform noise"
     ]  # fmt: skip
     plain, fixed, learned = runs
     assert plain["trained"] == plain["deployed"]
@@ -31,9 +32,12 @@ def test_a_run_of_each_kind(tmp_path):
     assert (fixed["average"], fixed["share"]) == (4.0, {"fp6_e3m2": 1.0})
     assert 5.9 < learned["average"] < 6.0
     assert fixed["bytes"] < learned["bytes"] < plain["bytes"]
+    assert {r["dtype"] for r in runs} == {"float32"}
     before = out.read_text()
     experiment.main(["run", *options, "--only=plain"])  # nothing is trained twice
     assert json.loads(before)["runs"] == json.loads(out.read_text())["runs"]
+    with pytest.raises(SystemExit, match="has runs computed in float32: give the same --dtype"):
+        experiment.main(["run", *options, "--only=fixed", "--dtype=bfloat16"])
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

@@ -37,6 +37,7 @@ def run(out: Path, *options: str) -> dict:
             f"--seq={SEQ}",
             "--size=tiny",
             "--device=cpu",
+            "--dtype=float32",
             f"--out={out}",
             *options,
         ]
@@ -82,7 +83,9 @@ def test_figures_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_format_that_changes_nothing_trains_exactly_alike(tmp_path: Path, model: str, rewritten: int) -> None:
     # Under autocast the products read the weights in bfloat16 anyway, so these casts are the identity: any difference
     # in start, data, schedule or evaluation between the runs would show.
-    result = run(tmp_path, "--inner=aot_eager", f"--model={model}", "--noise=none", "--fmt", "bf16", "e8m23")
+    options = ("--inner=aot_eager", f"--model={model}", "--noise=none", "--dtype=bfloat16", "--fmt", "bf16", "e8m23")
+    result = run(tmp_path, *options)
+    assert result["settings"]["dtype"] == "bfloat16"
     plain, *others = result["runs"]
     for r in others:
         assert r["backend"]["rewritten"] == rewritten
@@ -101,7 +104,7 @@ def test_the_held_out_loss_is_that_of_the_cast_weights(tmp_path: Path) -> None:
     )
 
     def loss() -> float:
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.no_grad():
             losses = [model(input_ids=tokens, labels=tokens).loss.item() for tokens in batches]
         return sum(losses) / len(losses)
 

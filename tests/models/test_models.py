@@ -30,7 +30,7 @@ def assert_same(left, right):
     assert [name for name in left[1] if not torch.equal(left[1][name], right[1][name])] == []
 
 
-@pytest.mark.parametrize("autocast", [pytest.param(False, marks=pytest.mark.slow), True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float32", "autocast"])
 @pytest.mark.parametrize("make", [pytest.param(gpt2, marks=pytest.mark.slow), llama])
 def test_lossless_format_without_noise_is_plain_inductor(make, autocast):
     model, tokens = make(layers=1), torch.randint(0, 96, (2, 24))
