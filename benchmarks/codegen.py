@@ -139,10 +139,6 @@ def figures(name: str, outcome: Outcome, capability: int) -> list[Figure]:
     result = []
     for number, kernel in enumerate(compile_kernels(outcome.sources[0], capability)):
         source = re.sub(r"(?m)^\s*#.*\n", "", sources[number])
-        # Addresses are 64 bits wide: they are added, shifted left, and converted to. All else would be arithmetic.
-        wide = re.findall(
-            r"(?m)^\s+(?:@%p\d+ )?((?:sub|mul|mad|div|rem|shr|and|xor|min|max)\.(?!wide)\S*64) ", kernel.ptx
-        )
         result.append(
             Figure(
                 name,
@@ -153,10 +149,21 @@ def figures(name: str, outcome: Outcome, capability: int) -> list[Figure]:
                 kernel.spills,
                 _bytes(source, case),
                 len(set(re.findall(r"\b(?:libdevice|tl_math)\.(\w+)", source)) - {"abs"}),
-                len(wide),
+                len(wide_arithmetic(kernel.ptx)),
             )
         )
     return result
+
+
+def wide_arithmetic(ptx: str) -> list[str]:
+    """The 64-bit integer operations of a kernel, without what is no arithmetic.
+
+    Addresses are 64 bits wide: they are added, shifted left, and converted to. And the comparisons of 32 elements may be
+    kept as the bits of one register (triton 3.9), each of them read by a shift, a mask of one, and a comparison with 0.
+    """
+    bit = r"shr\.u64\s+(%rd\d+), %rd\d+, \d+;\s+and\.b64\s+(%rd\d+), \1, 1;\s+(?=setp\.ne\.b64\s+%p\d+, \2, 0;)"
+    wide = r"(?m)^\s+(?:@%p\d+ )?((?:sub|mul|mad|div|rem|shr|and|xor|min|max)\.(?!wide)\S*64) "
+    return re.findall(wide, re.sub(bit, "", ptx))
 
 
 def _bytes(source: str, case: Case) -> float:

@@ -357,6 +357,13 @@ def test_instructions_do_not_grow(figures, name, capability):
         assert now.bytes <= before["bytes"]
 
 
+def test_wide_arithmetic_is_told_from_bits_that_are_read():
+    bit = "\tshr.u64 \t%rd34, %rd31, 30;\n\tand.b64 \t%rd35, %rd34, 1;\n\tsetp.ne.b64 \t%p99, %rd35, 0;\n"
+    assert codegen.wide_arithmetic(f"\tadd.s64 \t%rd1, %rd2, %rd3;\n{bit}{bit}") == []
+    assert codegen.wide_arithmetic(bit.replace("setp.ne.b64", "cvt.u32.u64")) == ["shr.u64", "and.b64"]
+    assert codegen.wide_arithmetic(bit + "\tmul.lo.s64 \t%rd1, %rd2, %rd3;\n") == ["mul.lo.s64"]
+
+
 @pytest.mark.parametrize(("name", "capability"), MEASURED)
 def test_kernels_spill_nothing_and_call_nothing(figures, name, capability):
     for kernel in figures[name, capability]:

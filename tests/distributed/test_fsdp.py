@@ -54,7 +54,7 @@ def train(rank, mesh, variant):
     blocks = list(model.blocks) if variant == "loop" else [model.first, model.second]
     settings = {"mesh": mesh, "reshard_after_forward": reshard == "reshard"}
     if dtype == "bfloat16":
-        settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
     for module in [*blocks, model]:
         fully_shard(module, **settings)
     backend = gws_compile.backend("fp6_e3m2", inner="aot_eager")
