@@ -13,7 +13,6 @@ Needs ``pip install "gws-compile[examples]"``.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import statistics
@@ -27,7 +26,7 @@ from pathlib import Path
 import torch
 from kernels import Case, measure
 from llama import SIZES, build_model
-from timing import environment
+from timing import environment, keep
 
 import gws_compile
 
@@ -160,14 +159,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     sides = [side for side in (1024, 2048, 4096, 8192, 16384, 32768) if side * side <= args.largest * 1e6]
-    samplings = sampling(sides, args.device, args.rounds)
-    compilings = compiling(args.layers, args.device, args.tries)
     facts = environment(args.device)
     kind = args.device.split(":")[0]
     data = ROOT / f"benchmarks/results/growth-{kind}.json" if args.write else args.out / "growth.json"
     picture = ROOT / f"docs/growth-{kind}.png" if args.write else args.out / "growth.png"
-    figures = {**facts, "sampling": [asdict(s) for s in samplings], "compiling": [asdict(c) for c in compilings]}
-    data.write_text(json.dumps(figures, indent=1) + "\n")
+    samplings = sampling(sides, args.device, args.rounds)
+    figures = {**facts, "sampling": [asdict(s) for s in samplings]}
+    keep(data, figures)
+    compilings = compiling(args.layers, args.device, args.tries)
+    keep(data, {**figures, "compiling": [asdict(c) for c in compilings]})
     plot(samplings, compilings, f"{facts['device']}, torch {facts['torch']}", picture)
     print(f"wrote {data} and {picture}")
 

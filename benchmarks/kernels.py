@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -31,7 +30,7 @@ from pathlib import Path
 
 import torch
 from tabulate import tabulate
-from timing import Rotation, environment, interleaved, ratio
+from timing import Rotation, environment, interleaved, keep, ratio
 
 import gws_compile.codegen.lowering  # noqa: F401  registers the lowerings
 from gws_compile.numerics.formats import FORMATS, FloatFormat
@@ -214,15 +213,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.shape = args.shape or SHAPES.get(args.device.split(":")[0], SHAPES["cpu"])
     calls = args.calls or (20 if args.device.startswith("cuda") else 1)
 
+    facts = environment(args.device)
     timings: list[Timing] = []
     for case in cases(args):
         timings += measure(case, args.device, rounds=args.rounds, calls=calls, peers=args.peers)
-    facts = environment(args.device)
+        keep(args.json, {**facts, "rounds": args.rounds, "timings": [asdict(t) for t in timings]})
     print(f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}; block {BLOCK} x {BLOCK}")
     print(table(timings))
-    if args.json:
-        figures = {**facts, "rounds": args.rounds, "timings": [asdict(t) for t in timings]}
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import multiprocessing
 import os
 import platform
@@ -32,6 +31,7 @@ import torch
 import torch._functorch.config
 from llama import SIZES, Size, build_model
 from tabulate import tabulate
+from timing import keep
 
 import gws_compile
 
@@ -139,30 +139,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="134m" if cuda else "small", help="(default: %(default)s)")
     parser.add_argument("--fmt", default="fp8_e4m3", help="format of the weights (default: %(default)s)")
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="(default: all)")
     parser.add_argument("--device", default="cuda" if cuda else "cpu", help="(default: %(default)s here)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     args = parser.parse_args(argv)
 
-    measurements = []
-    for precision in PRECISIONS:
-        for variant in VARIANTS:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-                job = fresh.submit(measure, variant, precision, SIZES[args.size], args.fmt, args.device)
-                measurements.append(job.result())
-    sampled, parameters = measurements[-1].sampled, measurements[-1].parameters
     device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "CPU"
+    facts = {
+        "size": {"name": args.size, **asdict(SIZES[args.size])},
+        "fmt": args.fmt,
+        "device": device,
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+    }
+    measurements: list[Measurement] = []
+    for precision, variant in itertools.product(args.precision, VARIANTS):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+            job = fresh.submit(measure, variant, precision, SIZES[args.size], args.fmt, args.device)
+            measurements.append(job.result())
+        keep(args.json, {**facts, "measurements": [asdict(m) for m in measurements]})
+    sampled, parameters = measurements[-1].sampled, measurements[-1].parameters
     print(f"Llama, {parameters / 1e6:.3g} M parameters, {sampled / 1e6:.3g} M sampled ({args.fmt}), {device}")
     print(table(measurements))
-    if args.json:
-        figures = {
-            "size": {"name": args.size, **asdict(SIZES[args.size])},
-            "fmt": args.fmt,
-            "device": device,
-            "platform": platform.platform(),
-            "torch": torch.__version__,
-            "measurements": [asdict(m) for m in measurements],
-        }
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

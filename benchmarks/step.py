@@ -13,7 +13,8 @@ said. ``x plain`` is the median, over the rounds, of the time over plain's of th
 tensors at the worst moment of one step, the model's own and the optimizer's included, the other models' not.
 
 Compilation is timed in processes of their own: from the first call to the end of the first step, less a later step;
-``cold`` with empty caches, ``warm`` with those that the cold one has left. ``--where`` adds what the time goes into.
+``cold`` with empty caches, ``warm`` with those that the cold one has left. ``--where`` adds what the time goes into;
+``--profile`` says so of a step, kernel by kernel.
 
     python benchmarks/step.py                                # small on a CPU, 134m on a GPU
     python benchmarks/step.py --size 1b --variants plain save recompute --json step.json
@@ -24,13 +25,12 @@ Needs ``pip install "gws-compile[examples,bench]"``.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,7 +41,7 @@ import torch
 from llama import SIZES, Size, build_model
 from memory import PRECISIONS, peak_of
 from tabulate import tabulate
-from timing import environment, interleaved, ratio
+from timing import environment, interleaved, keep, ratio
 from torch._dynamo.utils import compilation_time_metrics, counters
 
 import gws_compile
@@ -53,7 +53,7 @@ OWN: dict[str, dict[str, Any]] = {
 }
 VARIANTS = ("plain", *OWN, *peers.PEERS)
 
-# What torch times of a compilation (torch 2.11 to 2.13), and what it is.
+# What torch times of a compilation (torch 2.11 to 2.15), and what it is.
 PHASES = {
     "dynamo": ("bytecode_tracing",),
     "rewriting": ("gws_compile.rewrite",),
@@ -104,6 +104,19 @@ class Compilation:
     phases: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Profile:
+    """What one step's time goes into.
+
+    Attributes:
+        kernels: seconds and calls by kernel, those of the longest time first; on a CPU, by operator.
+    """
+
+    variant: str
+    precision: str
+    kernels: dict[str, tuple[float, int]]
+
+
 class Training:
     """One variant's model, with what trains it.
 
@@ -144,10 +157,10 @@ class Training:
         return sum(t.nbytes for t in [*self.model.parameters(), *state])
 
 
-def measure(
-    variants: Iterable[str], precision: str, size: Size, fmt: str, device: str, rounds: int
-) -> tuple[list[Timing], dict[str, str]]:
-    """Time the variants in turns; also those that were left out, with the reason."""
+def start(
+    variants: Iterable[str], precision: str, size: Size, fmt: str, device: str
+) -> tuple[dict[str, Training], dict[str, tuple[int, int, int]], dict[str, str]]:
+    """Compile the variants: by name the trainings, what Dynamo counted of each, and why others were left out."""
     trainings: dict[str, Training] = {}
     missing: dict[str, str] = {}
     counted: dict[str, tuple[int, int, int]] = {}
@@ -167,6 +180,18 @@ def measure(
             sum(counters["graph_break"].values()),
             sum(counters["recompiles"].values()),
         )
+    return trainings, counted, missing
+
+
+def measure(
+    trainings: Mapping[str, Training],
+    counted: Mapping[str, tuple[int, int, int]],
+    precision: str,
+    size: Size,
+    device: str,
+    rounds: int,
+) -> list[Timing]:
+    """Time the variants' steps in turns."""
     times = interleaved({name: t.step for name, t in trainings.items()}, device, rounds=rounds)
     peaks = {name: _peak(t, device) for name, t in trainings.items()}
     base = times.get("plain", times[next(iter(times))])
@@ -175,7 +200,36 @@ def measure(
         seconds = statistics.median(of_variant)
         over, speed = ratio(of_variant, base), size.batch * size.seq / seconds
         result.append(Timing(name, precision, seconds, over, speed, peaks[name], *counted[name]))
-    return result, missing
+    return result
+
+
+def profile_of(training: Training, variant: str, precision: str, device: str) -> Profile:
+    """What the time of one step goes into, as torch's profiler sees it."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # of the profiler: no word on starting and stopping
+    activity = torch.profiler.ProfilerActivity
+    gpu = device.startswith("cuda")
+    with torch.profiler.profile(activities=[activity.CUDA if gpu else activity.CPU]) as profiler:
+        training.step()
+        if gpu:
+            torch.cuda.synchronize()
+    key = "self_device_time_total" if gpu else "self_cpu_time_total"
+    spent = {event.key: (getattr(event, key) / 1e6, event.count) for event in profiler.key_averages()}
+    spent = {name: found for name, found in spent.items() if found[0]}
+    return Profile(variant, precision, dict(sorted(spent.items(), key=lambda item: -item[1][0])))
+
+
+def profile_table(profile: Profile, most: int = 15) -> str:
+    """The kernels that take longest, and all of those that sample weights."""
+    total = sum(seconds for seconds, _ in profile.kernels.values())
+    shown = [name for i, name in enumerate(profile.kernels) if i < most or "sample_weight" in name]
+    rows = [
+        (name[:90], profile.kernels[name][1], f"{1e3 * profile.kernels[name][0]:.3f}",
+         f"{100 * profile.kernels[name][0] / total:.2f} %")
+        for name in shown
+    ]  # fmt: skip
+    head = f"One step of {profile.variant}, {PRECISIONS[profile.precision]}: {1e3 * total:,.1f} ms in kernels"
+    headers = ("kernel", "calls", "ms", "of all")
+    return f"{head}\n{tabulate(rows, headers=headers, colalign=('left', 'right', 'right', 'right'))}"
 
 
 def _peak(training: Training, device: str) -> int:
@@ -266,6 +320,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=10, help="(default: %(default)s)")
     parser.add_argument("--no-compile-time", dest="compilation", action="store_false", help="time steps alone")
     parser.add_argument("--where", action="store_true", help="what a cold compilation's time goes into")
+    parser.add_argument("--profile", action="store_true", help="what a step's time goes into, kernel by kernel")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     args = parser.parse_args(argv)
     if "plain" not in args.variants:
@@ -275,18 +330,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     common = (size, args.fmt, args.device)
     timings: list[Timing] = []
     compilations: list[Compilation] = []
-    for precision in args.precision:
-        measured, missing = measure(args.variants, precision, *common, args.rounds)
-        timings += measured
-        if args.compilation:
-            compilations += [measure_compilation(t.variant, precision, *common) for t in measured]
-    print(f"Llama {args.size}, {size.batch} x {size.seq} tokens, {args.fmt}; {facts['device']}, torch {facts['torch']}")
-    print(step_table(timings))
-    for variant, reason in missing.items():
-        print(f"{variant} was left out: {reason}")
-    if compilations:
-        print(f"\n{compilation_table(compilations, where=args.where)}")
-    if args.json:
+    profiles: list[Profile] = []
+
+    def keep_figures() -> None:
         figures = {
             **facts,
             "size": {"name": args.size, **asdict(size)},
@@ -294,8 +340,29 @@ def main(argv: Sequence[str] | None = None) -> None:
             "rounds": args.rounds,
             "steps": [asdict(t) for t in timings],
             "compilations": [asdict(c) for c in compilations],
+            "profiles": [asdict(p) for p in profiles],
         }
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+        keep(args.json, figures)
+
+    print(f"Llama {args.size}, {size.batch} x {size.seq} tokens, {args.fmt}; {facts['device']}, torch {facts['torch']}")
+    for precision in args.precision:
+        trainings, counted, missing = start(args.variants, precision, *common)
+        timings += measure(trainings, counted, precision, size, args.device, args.rounds)
+        keep_figures()
+        for variant, reason in missing.items():
+            print(f"{variant} was left out: {reason}")
+        if args.profile:
+            profiles += [profile_of(t, variant, precision, args.device) for variant, t in trainings.items()]
+            keep_figures()
+        if args.compilation:
+            for variant in trainings:
+                compilations.append(measure_compilation(variant, precision, *common))
+                keep_figures()
+    print(step_table(timings))
+    if compilations:
+        print(f"\n{compilation_table(compilations, where=args.where)}")
+    for profile in profiles:
+        print(f"\n{profile_table(profile)}")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,6 +38,18 @@ def environment(device: str) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton_version,
     }
+
+
+def keep(path: Path | None, figures: Mapping[str, Any]) -> None:
+    """Write figures to a file, if one is asked for; in place of the former ones, never half of them.
+
+    Programs call it after each figure: one that is ended before its time leaves what it had.
+    """
+    if path is None:
+        return
+    written = path.with_name(f"{path.name}.{os.getpid()}")
+    written.write_text(json.dumps(figures, indent=1) + "\n")
+    written.replace(path)
 
 
 class Rotation:
