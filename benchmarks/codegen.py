@@ -159,7 +159,7 @@ def wide_arithmetic(ptx: str) -> list[str]:
     """The 64-bit integer operations of a kernel, without what is no arithmetic.
 
     Addresses are 64 bits wide: they are added, shifted left, and converted to. And the comparisons of 32 elements may
-    be kept as the bits of one register (seen of torch 2.15), each of them read by a shift, a mask, and a comparison with 0.
+    be kept as the bits of one register, each of them read by a shift, a mask, and a comparison with 0.
     """
     bit = r"shr\.u64\s+(%rd\d+), %rd\d+, \d+;\s+and\.b64\s+(%rd\d+), \1, 1;\s+(?=setp\.ne\.b64\s+%p\d+, \2, 0;)"
     wide = r"(?m)^\s+(?:@%p\d+ )?((?:sub|mul|mad|div|rem|shr|and|xor|min|max)\.(?!wide)\S*64) "

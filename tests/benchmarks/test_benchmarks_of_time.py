@@ -66,7 +66,7 @@ def test_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
             variant, precision, {"plain": 10.0}.get(variant, 12.0), 3.0, dict.fromkeys(step.PHASES, 1.0)
         ),
     )
-    arguments = "--size tiny --device cpu --precision autocast --rounds 2 --where --variants plain save diffq"
+    arguments = "--size tiny --device cpu --precision autocast --rounds 2 --where --profile --variants plain save diffq"
     step.main([*arguments.split(), f"--json={tmp_path / 'out'}"])
     figures = json.loads((tmp_path / "out").read_text())
     plain, save = figures["steps"]
@@ -74,7 +74,12 @@ def test_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert (save["variant"], save["graphs"], save["breaks"], save["recompilations"]) == ("save", 1, 0, 0)
     assert plain["tokens"] * plain["seconds"] == pytest.approx(2 * 32)
     assert save["peak"] == pytest.approx(plain["peak"], rel=0.01)  # the sample takes the place of autocast's copy
+    assert [(p["variant"], p["kernels"]["aten::mm"][1] > 20) for p in figures["profiles"]] == [
+        ("plain", True),
+        ("save", True),
+    ]
     printed = capsys.readouterr().out
+    assert "One step of save, float32 weights, bf16 autocast:" in printed
     assert "diffq was left out: pip install it" in printed
     (row,) = [line for line in printed.splitlines() if " save " in line and "12.0" in line]
     assert row.split()[5:9] == ["12.0", "1.20", "3.0", "1.00"]
