@@ -88,7 +88,8 @@ TRANSPARENT = frozenset(
     "cpu cuda chunk split split_with_sizes tensor_split unsafe_split unsafe_chunk hsplit vsplit dsplit unbind narrow "
     "select slice diagonal unfold getitem index index_select gather take_along_dim clone detach alias lift_fresh cat "
     "concat concatenate stack hstack vstack row_stack dstack column_stack block_diag repeat tile repeat_interleave pad "
-    "flip roll rot90 atleast_2d atleast_3d neg negative pos positive real conj resolve_conj view_as_real "
+    "flip roll rot90 atleast_2d atleast_3d neg negative pos positive real conj conj_physical resolve_conj resolve_neg "
+    "to_dense view_as_real "
     "view_as_complex _to_copy broadcast_to adjoint requires_grad_ data _get_data_attr to_local full_tensor "
     "redistribute from_local_like _add_batch_dim _wrap_for_grad".split()
 )

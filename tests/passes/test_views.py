@@ -1,5 +1,8 @@
 """Views of a weight: those that depend on its values, those that look at its memory, tables whose rows are read."""
 
+import contextlib
+import warnings
+
 import pytest
 import torch
 from support.graphs import Reader, reasons
@@ -117,6 +120,49 @@ def test_a_view_of_the_values_is_one_of_the_sample(view, weight):
     expected.square().sum().backward()
     assert torch.equal(out, expected)
     assert torch.equal(model.weight.grad, sample.grad)
+
+
+def attributes_that_are_views():
+    """Everything that this torch offers without arguments on a tensor and that keeps its memory: names, and whether
+    they are called.
+
+    Read off the installed torch, so that what a new version brings is tested without being listed here.
+    """
+    found = {}
+    for name in dir(torch.Tensor):
+        if name.startswith("_") or name.endswith("_"):  # the latter write
+            continue
+        weight = dense().requires_grad_()
+        # What wants arguments, another dtype or a device, or has no derivative, raises.
+        with warnings.catch_warnings(), contextlib.suppress(Exception):
+            warnings.simplefilter("ignore")
+            value = getattr(weight, name)
+            if called := not isinstance(value, torch.Tensor):
+                value = value()
+            if value.shape == weight.shape and value.dtype == weight.dtype and value.data_ptr() == weight.data_ptr():
+                found[name] = called
+    return found
+
+
+ATTRIBUTES = attributes_that_are_views()
+
+
+def test_the_views_of_this_torch_are_found():
+    known = {"T": False, "mT": False, "H": False, "adjoint": True, "t": True, "contiguous": True, "detach": True}
+    assert known.items() <= ATTRIBUTES.items()
+    assert "clone" not in ATTRIBUTES
+
+
+@pytest.mark.parametrize(("name", "called"), ATTRIBUTES.items())
+def test_every_view_that_this_torch_offers_is_looked_through(name, called):
+    def spell(w):
+        return getattr(w, name)() if called else getattr(w, name)
+
+    model = Reader(dense(), lambda x, w: x @ spell(w))
+    backend = gws_compile.backend(FMT, inner="aot_eager", noise="none")
+    out = torch.compile(model, backend=backend, fullgraph=True)(X)
+    assert reasons(backend) == {"weight": "matmul"}
+    assert torch.equal(out, X @ spell(gws_compile.quantize(model.weight.detach(), FMT)))
 
 
 def test_rows_of_an_embedding_are_looked_up_in_the_weight_itself():
