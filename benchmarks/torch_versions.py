@@ -12,7 +12,7 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -45,6 +45,7 @@ class Run:
         passed: how many tests passed.
         failed: those that failed, by their names.
         skipped: the reasons, and how many tests each left out.
+        again: of the passed ones, those that failed at first and were run once more.
     """
 
     torch: str
@@ -54,6 +55,7 @@ class Run:
     passed: int
     failed: tuple[str, ...]
     skipped: dict[str, int]
+    again: tuple[str, ...] = ()
 
     def key(self) -> tuple[tuple[int, ...], str, str]:
         """What tells runs apart, and their order."""
@@ -83,11 +85,21 @@ def read_run(results: Path, tests: str) -> Run:
     )
 
 
+def run_again(run: Run, results: Path) -> Run:
+    """The run, where some of the tests that failed ran once more (``pytest --last-failed``) and passed."""
+    cases = list(ElementTree.parse(results).iter("testcase"))
+    passed = {f"{case.get('classname')}.{case.get('name')}" for case in cases if not len(case)}
+    mended = tuple(name for name in run.failed if name in passed)
+    left = tuple(name for name in run.failed if name not in passed)
+    return replace(run, passed=run.passed + len(mended), failed=left, again=mended)
+
+
 def read_kept(path: Path = RESULTS) -> list[Run]:
     """The runs that are kept."""
     if not path.exists():
         return []
-    return [Run(**{**run, "failed": tuple(run["failed"])}) for run in json.loads(path.read_text())]
+    names = ("failed", "again")
+    return [Run(**{**run, **{n: tuple(run.get(n, ())) for n in names}}) for run in json.loads(path.read_text())]
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -99,10 +111,11 @@ def page(runs: Sequence[Run]) -> str:
     table = tabulate(rows, ["torch", "Python", "tests", "date", "passed", "failed", "skipped"], tablefmt="github")
     parts = [_HEAD, table, "\n"]
     for run in sorted(runs, key=Run.key, reverse=True):
-        if not (run.failed or run.skipped):
+        if not (run.failed or run.skipped or run.again):
             continue
         parts += [f"\n## {run.torch}, Python {run.python}: {run.tests}\n\n"]
         parts += [f"- failed: `{name}`\n" for name in run.failed]
+        parts += [f"- passed when it ran once more: `{name}`\n" for name in run.again]
         parts += [f"- {count} skipped: {reason}\n" for reason, count in run.skipped.items()]
     return "".join(parts)
 
@@ -119,8 +132,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("results", type=Path, help="pytest's JUnit file")
     parser.add_argument("tests", nargs="*", help="what pytest was given; the default suite without")
+    parser.add_argument("--again", type=Path, help="JUnit file of a second run, of the tests that failed")
     given, others = parser.parse_known_args()
     run = read_run(given.results, " ".join([*given.tests, *others]) or DEFAULT_SUITE)
+    if given.again:
+        run = run_again(run, given.again)
     keep(run)
     print(f"torch {run.torch}: {run.passed} passed, {len(run.failed)} failed, {sum(run.skipped.values())} skipped")
 

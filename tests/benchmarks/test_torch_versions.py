@@ -32,5 +32,19 @@ def test_a_run_is_read_and_kept_once(tmp_path):
     assert "- failed: `tests.passes.test_views.test_two`\n- 2 skipped: no CUDA device\n" in page.read_text()
 
 
+def test_tests_that_ran_again_and_passed_are_named(tmp_path):
+    (tmp_path / "results.xml").write_text(JUNIT)
+    run = torch_versions.read_run(tmp_path / "results.xml", torch_versions.DEFAULT_SUITE)
+    (tmp_path / "same.xml").write_text(JUNIT)
+    assert torch_versions.run_again(run, tmp_path / "same.xml") == run
+    (tmp_path / "again.xml").write_text(JUNIT.replace('<failure message="no"/>', ""))
+    again = torch_versions.run_again(run, tmp_path / "again.xml")
+    assert (again.passed, again.failed, again.again) == (2, (), run.failed)
+    kept = tmp_path / "kept.json"
+    torch_versions.keep(again, kept, tmp_path / "page.md")
+    assert torch_versions.read_kept(kept) == [again]
+    assert "- passed when it ran once more: `tests.passes.test_views.test_two`" in (tmp_path / "page.md").read_text()
+
+
 def test_the_page_is_that_of_the_kept_runs():
     assert torch_versions.PAGE.read_text() == torch_versions.page(torch_versions.read_kept())
