@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import multiprocessing
-import os
 import platform
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -31,7 +30,7 @@ import torch
 import torch._functorch.config
 from llama import SIZES, Size, build_model
 from tabulate import tabulate
-from timing import keep
+from timing import keep, quiet_profiler
 
 import gws_compile
 
@@ -108,7 +107,7 @@ def peak_of(step: Callable[[], None], standing: int, device: str) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return torch.cuda.max_memory_allocated(device)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # of the profiler: no word on starting and stopping
+    quiet_profiler()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]

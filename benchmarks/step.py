@@ -41,7 +41,7 @@ import torch
 from llama import SIZES, Size, build_model
 from memory import PRECISIONS, peak_of
 from tabulate import tabulate
-from timing import environment, interleaved, keep, ratio
+from timing import environment, interleaved, keep, quiet_profiler, ratio
 from torch._dynamo.utils import compilation_time_metrics, counters
 
 import gws_compile
@@ -205,7 +205,7 @@ def measure(
 
 def profile_of(training: Training, variant: str, precision: str, device: str) -> Profile:
     """What the time of one step goes into, as torch's profiler sees it."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # of the profiler: no word on starting and stopping
+    quiet_profiler()
     activity = torch.profiler.ProfilerActivity
     gpu = device.startswith("cuda")
     with torch.profiler.profile(activities=[activity.CUDA if gpu else activity.CPU]) as profiler:

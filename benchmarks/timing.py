@@ -52,6 +52,11 @@ def keep(path: Path | None, figures: Mapping[str, Any]) -> None:
     written.replace(path)
 
 
+def quiet_profiler() -> None:
+    """Before torch's profiler is used first: no word of it on starting and stopping."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+
 class Rotation:
     """Copies of a tensor that together do not fit in a GPU's cache: each call gets one that has left it.
 

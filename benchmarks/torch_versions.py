@@ -71,7 +71,7 @@ def read_run(results: Path, tests: str) -> Run:
         if skip is not None:
             skipped[str(skip.get("message"))] += 1
         elif case.find("failure") is not None or case.find("error") is not None:
-            failed.append(f"{case.get('classname')}.{case.get('name')}")
+            failed.append(_name(case))
         else:
             passed += 1
     return Run(
@@ -88,10 +88,14 @@ def read_run(results: Path, tests: str) -> Run:
 def run_again(run: Run, results: Path) -> Run:
     """The run, where some of the tests that failed ran once more (``pytest --last-failed``) and passed."""
     cases = list(ElementTree.parse(results).iter("testcase"))
-    passed = {f"{case.get('classname')}.{case.get('name')}" for case in cases if not len(case)}
+    passed = {_name(case) for case in cases if not len(case)}
     mended = tuple(name for name in run.failed if name in passed)
     left = tuple(name for name in run.failed if name not in passed)
     return replace(run, passed=run.passed + len(mended), failed=left, again=mended)
+
+
+def _name(case: ElementTree.Element) -> str:
+    return f"{case.get('classname')}.{case.get('name')}"
 
 
 def read_kept(path: Path = RESULTS) -> list[Run]:

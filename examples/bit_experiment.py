@@ -28,7 +28,7 @@ from typing import Any
 
 import matplotlib as mpl
 import torch
-from compute_dtype import add_dtype_option, chosen_dtype, describe
+from compute_dtype import add_dtype_option, chosen_dtype, computing_in, describe
 from optimizing import adamw, learning_rate_schedule
 from small_models import MODELS, SIZES, build_model
 from tabulate import tabulate
@@ -97,7 +97,7 @@ def train(
     compiled = torch.compile(model, backend=backend or args.inner, fullgraph=True)
 
     def loss_of(tokens: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+        with computing_in(dtype, device):
             loss: torch.Tensor = compiled(input_ids=tokens, labels=tokens).loss
         return loss
 

@@ -37,6 +37,11 @@ def _seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def computing_in(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """Inside a ``with`` block products are computed in the dtype: bfloat16 by autocast, float32 as they are."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16)
+
+
 def add_dtype_option(parser: argparse.ArgumentParser) -> None:
     """``--dtype``, to be read by `chosen_dtype`."""
     parser.add_argument(

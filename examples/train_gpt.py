@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 import transformers
+from compute_dtype import computing_in
 from loss_plot import Curve, plot_losses
 from optimizing import adamw, learning_rate_schedule
 from small_models import MODELS, build_model
@@ -94,8 +95,7 @@ class Run:
 
     def loss(self, tokens: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy of the next byte."""
-        enabled = self.settings.dtype is torch.bfloat16
-        with torch.autocast(self.settings.device.type, dtype=torch.bfloat16, enabled=enabled):
+        with computing_in(self.settings.dtype, self.settings.device):
             return self.compiled(input_ids=tokens, labels=tokens).loss
 
     def train_step(self, tokens: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from support.graphs import reasons
 from support.oracle import sample_oracle
 from support.small_models import OneLayer
+from support.torch_version import TORCH
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -54,7 +55,7 @@ def test_the_weight_that_a_linear_uses(inner):
         assert torch.equal(used_weight(compiled), cast)
     assert torch.equal(used_weight(compiled), oracle(weight, "0.weight", 3, seed=5))
     weight.requires_grad_(False)
-    if torch.__version__ < "2.12":
+    if TORCH < (2, 12):
         with pytest.raises(RuntimeError, match=r"0.weight was trainable when its graph was compiled and is frozen now"):
             used_weight(compiled)
         return

@@ -6,6 +6,7 @@ import gc
 import pytest
 import torch
 from support.small_models import OneLayer
+from support.torch_version import TORCH
 from torch import nn
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
@@ -44,7 +45,7 @@ def data(model):
 
 
 def swap(model):
-    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14):
+    if TORCH >= (2, 14):
         pytest.skip("from torch 2.14 on a compiled model's parameters cannot be swapped, whatever the backend")
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 import gws_compile
+from support.torch_version import TORCH
 
 LSTM = "Attempted to wrap RNN, GRU, or LSTM"
-LEAVES_FRAME = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 15)
+LEAVES_FRAME = TORCH < (2, 15)
 """Whether this torch leaves the whole frame that calls an LSTM, or goes on behind the call."""
 
 VOID = {"meta", "br", "wbr", "line", "rect", "path"}
