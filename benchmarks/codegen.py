@@ -34,7 +34,7 @@ from tabulate import tabulate
 from torch.nn import functional as F
 
 import gws_compile.codegen.lowering  # noqa: F401  registers the lowerings
-from gws_compile.config import LearnedBits
+from gws_compile import LearnedBits
 from gws_compile.numerics.formats import FloatFormat
 from gws_compile.ops.sample_arguments import OPERATOR_VERSION
 

@@ -21,7 +21,9 @@ The layers, from above; each imports only from those below it:
     passes                  the graph passes, a file each
     codegen                 Inductor's lowerings and loops, the C++ kernel
     ops                     the operators and the public references
-    config, weight_names    the settings; qualified names of weights
+    config                  the settings of a backend
+    settings                what they consist of: settings of a weight, rules, schedules, learned widths
+    weight_names            qualified names of weights
     source_names            what Dynamo's sources say of a weight
     numerics                the arithmetic
     torch_internals         every private torch API
@@ -31,29 +33,37 @@ The layers, from above; each imports only from those below it:
 from .api import backend, explain
 from .command_line.named_backend import named_backend
 from .compiler.backend import Backend
-from .config import DEFAULT_EXCLUDE, LearnedBits
+from .config import DEFAULT_EXCLUDE
 from .learned_bits.summary import BitsSummary
 from .numerics.formats import FORMATS, FloatFormat
+from .numerics.integers import IntFormat
+from .numerics.presets import PRESETS, Preset
 from .ops.reference import quantize, sample
 from .report.metrics import Metrics, WeightMetrics
 from .report.records import GraphBreak, GraphRecord, ReadRecord, WeightRecord
 from .report.report import Report
+from .settings.learned_bits import LearnedBits
+from .settings.schedule import Schedule
 from .warning import GwsWarning
 
 __version__ = "0.1.0"
 __all__ = [
     "DEFAULT_EXCLUDE",
     "FORMATS",
+    "PRESETS",
     "Backend",
     "BitsSummary",
     "FloatFormat",
     "GraphBreak",
     "GraphRecord",
     "GwsWarning",
+    "IntFormat",
     "LearnedBits",
     "Metrics",
+    "Preset",
     "ReadRecord",
     "Report",
+    "Schedule",
     "WeightMetrics",
     "WeightRecord",
     "backend",

@@ -7,20 +7,26 @@ from typing import Any
 
 from .compiler.backend import Backend
 from .compiler.tracer import explained
-from .config import DEFAULT_FORMAT, DEFAULTS, Backward, Config, Inner, LearnedBits, Resample
-from .numerics.formats import FloatFormat
+from .config import DEFAULTS, Backward, Config, Inner, Resample
+from .numerics.blocks import Block
+from .numerics.elements import ElementFormat
 from .numerics.noise import Noise
-from .numerics.scales import Scale
 from .report.report import Report
+from .settings.learned_bits import LearnedBits
+from .settings.rules import RuleLike
+from .settings.schedule import Schedule
+from .settings.weight_settings import DEFAULT_FORMAT, ScaleSetting
 
 
 def backend(
-    fmt: str | FloatFormat | None = DEFAULTS.fmt,
+    fmt: str | ElementFormat | None = DEFAULTS.fmt,
     *,
     noise: Noise = DEFAULTS.noise,
     bits: float | LearnedBits | None = DEFAULTS.bits,
-    block: tuple[int, int] = DEFAULTS.block,
-    scale: Scale = DEFAULTS.scale,
+    block: Block | None = DEFAULTS.block,
+    scale: ScaleSetting = DEFAULTS.scale,
+    rules: Iterable[RuleLike] = DEFAULTS.rules,
+    schedule: Schedule | None = DEFAULTS.schedule,
     include: str | Iterable[str] | None = DEFAULTS.include,
     exclude: str | Iterable[str] | None = DEFAULTS.exclude,
     seed: int = DEFAULTS.seed,
@@ -37,14 +43,22 @@ def backend(
     disabled, and for frozen weights, it becomes ``cast(w)``.
 
     Args:
-        fmt: element format of the cast: a name in `FORMATS`, any ``"eXmY"``, or a `FloatFormat`; ``"fp8_e4m3"`` when
-            None. With learned widths it is the format of training, and the widest of their formats (bf16) when None.
+        fmt: format of the cast: a name in `FORMATS`, any ``"eXmY"``, ``"int2"`` to ``"int8"``, a `FloatFormat` or
+            `IntFormat`; or a name in `PRESETS`, which also says block and scale; ``"fp8_e4m3"`` when None. With learned
+            widths it is the format of training, and the widest of their formats (bf16) when None.
         noise: law of R: ``"rounded_normal"``, round(N(0,1) / 2); ``"uniform"``, DiffQ's U(-1/2, 1/2); ``"none"``, the
             cast alone with a straight-through gradient.
-        bits: bit width b, 2 to 24, of the noise amplitude; the format's mantissa bits + 2 when None. `LearnedBits` for
-            widths that are trained.
-        block: rows and columns that share a maximum and a scale.
-        scale: the block scale's rule: ``"floor"`` (OCP MX v1.0), ``"ceil"``, or None for no scale.
+        bits: bit width b, 2 to 24, of the noise amplitude; when None the format's mantissa bits + 2, and N for intN.
+            `LearnedBits` for widths that are trained.
+        block: rows and columns that share a maximum and a scale, None for a whole side: (1, None) is a row,
+            (None, None) the matrix. The preset's, or (32, 32), when None.
+        scale: the block scale's rule: ``"floor"`` (OCP MX v1.0), ``"ceil"``, ``"amax"`` (exact, float32), ``"nvfp4"``
+            (two levels), or None for no scale. ``"auto"`` is the preset's, ``"amax"`` for integers, ``"floor"``
+            otherwise.
+        rules: settings by name, the first that matches wins: ``(glob, "nvfp4")``, ``(glob, {"fmt": ..., "bits": ...,
+            "block": ..., "scale": ..., "noise": ...})``, or ``(glob, None)`` for weights that are left alone. Weights
+            that ``exclude`` names stay so.
+        schedule: `Schedule` of the noise: from which draw to which, and its bit width over draws.
         include: globs on qualified names; only weights that match one are rewritten. All when None.
         exclude: globs on qualified names that are left alone; output heads and routers by default. It wins over
             ``include``.
@@ -69,6 +83,8 @@ def backend(
             bits=bits,
             block=block,
             scale=scale,
+            rules=rules,
+            schedule=schedule,
             include=include,
             exclude=exclude,
             seed=seed,
@@ -83,7 +99,7 @@ def backend(
 def explain(
     model: Callable[..., Any],
     *args: Any,
-    fmt: str | FloatFormat = DEFAULT_FORMAT,
+    fmt: str | ElementFormat = DEFAULT_FORMAT,
     backend: Backend | None = None,
     **kwargs: Any,
 ) -> Report:

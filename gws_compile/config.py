@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 import torch
 
-from .numerics.blocks import check_block
-from .numerics.formats import FloatFormat
-from .numerics.noise import NOISES, Noise
-from .numerics.scales import SCALES, Scale
+from .numerics.blocks import Block
+from .numerics.elements import ElementFormat
+from .numerics.noise import Noise
+from .numerics.scales import Scale
 from .numerics.spec import SampleSpec
-from .numerics.widths import WidthRule
+from .settings.learned_bits import LearnedBits
+from .settings.rules import Rule, RuleLike, make_rules
+from .settings.schedule import Schedule
+from .settings.weight_settings import (
+    DEFAULT_FORMAT,
+    GivenSettings,
+    ScaleSetting,
+    WeightSettings,
+    check_bits_of,
+    check_choice,
+)
+from .warning import GwsWarning
 
 Resample = Literal["step", "forward"]
 Backward = Literal["save", "recompute"]
@@ -39,103 +50,7 @@ DEFAULT_EXCLUDE = (
 )
 """Names left alone by default: output heads and the routers of expert mixtures."""
 
-DEFAULT_FORMAT = "fp8_e4m3"
-
 INNERS = ("inductor", "aot_eager", "eager")
-
-
-Granularity = Literal["block", "weight"]
-
-DEFAULT_FORMATS = ("fp4_e2m1", "fp6_e3m2", "fp8_e4m3", "fp12_e4m7", "bf16")
-
-
-@dataclass(frozen=True)
-class LearnedBits:
-    """Bit widths that are trained along with the weights (arXiv 2505.11170, section 3).
-
-    The width of a block (or weight) is ``b = target + b_i * (init - target)``, kept within ``min`` and ``max``; the
-    float32 ``b_i``, 1 at the start, is what an optimizer moves: give it `Backend.parameters`.
-
-    Args:
-        init: width at the start.
-        target: width at ``b_i = 0``: what weight decay on ``b_i``, and `Backend.bit_loss`, pull towards.
-        granularity: ``"block"``, a width for each block, or ``"weight"``.
-        min: smallest width.
-        max: largest width.
-        average: the average width, over all elements, that training is to end with. `Backend.bit_loss` is then an
-            augmented Lagrangian of this constraint, to be added to the loss as it is.
-        formats: what widths stand for in noise-free calls: the first format whose mantissa bits + 2 reach the width, or
-            else the last. Ascending in mantissa bits.
-
-    Raises:
-        ValueError: a bad value; the message names it and what is accepted.
-    """
-
-    init: float = 6.0
-    target: float = 4.0
-    granularity: Granularity = "block"
-    min: float = 2.0
-    max: float = 10.0
-    average: float | None = None
-    formats: tuple[str | FloatFormat, ...] = DEFAULT_FORMATS
-
-    def __post_init__(self) -> None:
-        for name in ("min", "max", "init", "target"):
-            check_bits(f"LearnedBits.{name}", getattr(self, name))
-        if not self.min < self.max:
-            raise ValueError(f"LearnedBits.min must be below max, got min={self.min:g}, max={self.max:g}")
-        for name in ("init", "target", "average"):
-            value = getattr(self, name)
-            if value is not None and not (check_bits(f"LearnedBits.{name}", value) and self.min <= value <= self.max):
-                raise ValueError(
-                    f"LearnedBits.{name} must lie within min={self.min:g} and max={self.max:g}, got {value:g}"
-                )
-        if self.init == self.target:
-            raise ValueError(
-                f"LearnedBits.init and target must differ, got {self.init:g} for both: widths move between them as "
-                "target + b_i * (init - target)"
-            )
-        if self.granularity not in ("block", "weight"):
-            raise ValueError(f"LearnedBits.granularity must be 'block' or 'weight', got {self.granularity!r}")
-        if isinstance(self.formats, str) or not self.formats:
-            raise ValueError(f"LearnedBits.formats must be a list of formats, got {self.formats!r}")
-        formats = tuple(FloatFormat.parse(fmt) for fmt in self.formats)
-        object.__setattr__(self, "formats", formats)
-        mantissas = [fmt.mantissa_bits for fmt in formats]
-        if mantissas != sorted(mantissas) or len(set(formats)) != len(formats) or mantissas[-1] > 22:
-            raise ValueError(
-                "LearnedBits.formats must be different and ascend in mantissa bits, at most 22, got "
-                + ", ".join(f"{fmt.name} ({fmt.mantissa_bits})" for fmt in formats)
-            )
-
-    @property
-    def widest(self) -> FloatFormat:
-        """The format of the largest widths."""
-        fmt = self.formats[-1]
-        assert isinstance(fmt, FloatFormat)
-        return fmt
-
-    @property
-    def rule(self) -> WidthRule:
-        """What a width parameter means to the operator."""
-        formats = tuple(FloatFormat.parse(fmt) for fmt in self.formats)
-        return WidthRule(float(self.init), float(self.target), float(self.min), float(self.max), formats)
-
-
-def check_bits(name: str, value: object) -> float:
-    """A bit width as a float.
-
-    Raises:
-        ValueError: no number from 2 to 24.
-    """
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not 2 <= value <= 24
-        or not math.isfinite(value)
-    ):
-        raise ValueError(f"{name} must be a number from 2 to 24, got {value!r}")
-    return float(value)
 
 
 @dataclass(frozen=True)
@@ -148,6 +63,7 @@ class Setting:
         help: what it means, on one line; the documentation of `gws_compile.backend` says the same words.
         metavar: what stands for its value in the help of a command.
         several: whether it has several values, which a command line may give one by one.
+        option: what the option of a command is called that gives one of several; the name when empty.
     """
 
     name: str
@@ -155,6 +71,7 @@ class Setting:
     help: str
     metavar: str = "TEXT"
     several: bool = False
+    option: str = ""
 
 
 @dataclass(frozen=True)
@@ -165,10 +82,11 @@ class Settings:
     variables of the environment and the options of the command line are made of `SETTINGS`.
     """
 
-    fmt: str | FloatFormat | None = field(
+    fmt: str | ElementFormat | None = field(
         default=None,
         metadata={
-            "help": 'element format of the cast: a name in `FORMATS`, any "eXmY", or a `FloatFormat`; '
+            "help": 'format of the cast: a name in `FORMATS`, any "eXmY", "int2" to "int8", a `FloatFormat` or '
+            "`IntFormat`; or a name in `PRESETS`, which also says block and scale; "
             f'"{DEFAULT_FORMAT}" when None. With learned widths it is the format of training, and the widest of their '
             "formats (bf16) when None.",
             "metavar": "FORMAT",
@@ -185,20 +103,43 @@ class Settings:
     bits: float | LearnedBits | None = field(
         default=None,
         metadata={
-            "help": "bit width b, 2 to 24, of the noise amplitude; the format's mantissa bits + 2 when None. "
-            "`LearnedBits` for widths that are trained.",
+            "help": "bit width b, 2 to 24, of the noise amplitude; when None the format's mantissa bits + 2, and N for "
+            "intN. `LearnedBits` for widths that are trained.",
             "metavar": "NUMBER",
         },
     )
-    block: tuple[int, int] = field(
-        default=(32, 32),
-        metadata={"help": "rows and columns that share a maximum and a scale.", "metavar": "ROWSxCOLUMNS"},
-    )
-    scale: Scale = field(
-        default="floor",
+    block: Block | None = field(
+        default=None,
         metadata={
-            "help": 'the block scale\'s rule: "floor" (OCP MX v1.0), "ceil", or None for no scale.',
+            "help": "rows and columns that share a maximum and a scale, None for a whole side: (1, None) is a row, "
+            "(None, None) the matrix. The preset's, or (32, 32), when None.",
+            "metavar": "ROWSxCOLUMNS",
+        },
+    )
+    scale: ScaleSetting = field(
+        default="auto",
+        metadata={
+            "help": 'the block scale\'s rule: "floor" (OCP MX v1.0), "ceil", "amax" (exact, float32), "nvfp4" (two '
+            'levels), or None for no scale. "auto" is the preset\'s, "amax" for integers, "floor" otherwise.',
             "metavar": "RULE",
+        },
+    )
+    rules: Iterable[RuleLike] = field(
+        default=(),
+        metadata={
+            "help": 'settings by name, the first that matches wins: (glob, "nvfp4"), (glob, {"fmt": ..., "bits": ..., '
+            '"block": ..., "scale": ..., "noise": ...}), or (glob, None) for weights that are left alone. Weights that '
+            "exclude names stay so.",
+            "metavar": "GLOB=SETTINGS",
+            "several": True,
+            "option": "rule",
+        },
+    )
+    schedule: Schedule | None = field(
+        default=None,
+        metadata={
+            "help": "`Schedule` of the noise: from which draw to which, and its bit width over draws.",
+            "metavar": "SCHEDULE",
         },
     )
     include: str | Iterable[str] | None = field(
@@ -261,15 +202,15 @@ SETTINGS = tuple(Setting(setting.name, setting.default, **setting.metadata) for 
 class Config:
     """Everything that decides how a graph is rewritten: the checked `Settings`, see there for each field.
 
-    With learned widths ``learned`` says which, and ``bits`` has no meaning.
+    Attributes:
+        weights: how a weight is sampled of which no rule says otherwise; ``fmt``, ``noise``, ``bits``, ``learned``,
+            ``block`` and ``scale`` are its.
+        rules: in their order.
     """
 
-    fmt: FloatFormat
-    noise: Noise
-    bits: float
-    learned: LearnedBits | None
-    block: tuple[int, int]
-    scale: Scale
+    weights: WeightSettings
+    rules: tuple[Rule, ...]
+    schedule: Schedule | None
     include: tuple[str, ...] | None
     exclude: tuple[str, ...]
     seed: int
@@ -280,12 +221,14 @@ class Config:
 
     @staticmethod
     def make(
-        fmt: str | FloatFormat | None = DEFAULTS.fmt,
+        fmt: str | ElementFormat | None = DEFAULTS.fmt,
         *,
         noise: Noise = DEFAULTS.noise,
         bits: float | LearnedBits | None = DEFAULTS.bits,
-        block: tuple[int, int] = DEFAULTS.block,
-        scale: Scale = DEFAULTS.scale,
+        block: Block | None = DEFAULTS.block,
+        scale: ScaleSetting = DEFAULTS.scale,
+        rules: Iterable[RuleLike] = DEFAULTS.rules,
+        schedule: Schedule | None = DEFAULTS.schedule,
         include: str | Iterable[str] | None = DEFAULTS.include,
         exclude: str | Iterable[str] | None = DEFAULTS.exclude,
         seed: int = DEFAULTS.seed,
@@ -299,21 +242,15 @@ class Config:
         Raises:
             ValueError: a bad value; the message names it and what is accepted.
         """
-        learned = bits if isinstance(bits, LearnedBits) else None
-        if fmt is None:
-            fmt = DEFAULT_FORMAT if learned is None else learned.widest
-        fmt = FloatFormat.parse(fmt)
-        _check_choice("noise", noise, NOISES)
-        _check_choice("scale", scale, SCALES)
-        _check_choice("resample", resample, get_args(Resample))
-        _check_choice("backward", backward, get_args(Backward))
-        if learned is not None:
-            if noise == "none":
-                raise ValueError("bits=LearnedBits(...) learns from the noise: noise must not be 'none'")
-            if fmt.mantissa_bits > 22:
-                raise ValueError(f"with bits=LearnedBits(...) fmt has at most 22 mantissa bits, got {fmt.name}")
-        if bits is None or isinstance(bits, LearnedBits):
-            bits = fmt.noise_bits
+        given = GivenSettings(fmt, noise, bits, block, scale)
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise ValueError(f"schedule must be a Schedule or None, got {schedule!r}")
+        scheduled = schedule is not None and bool(schedule.bits)
+        weights = WeightSettings.make(given, scheduled=scheduled)
+        if schedule is not None:
+            _check_schedule(schedule, weights, bits)
+        check_choice("resample", resample, get_args(Resample))
+        check_choice("backward", backward, get_args(Backward))
         if not (isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**64):
             raise ValueError(f"seed must be an int in 0 .. 2**64 - 1, got {seed!r}")
         if not (callable(inner) or (isinstance(inner, str) and inner in INNERS)):
@@ -321,12 +258,9 @@ class Config:
         if not isinstance(strict, bool):
             raise ValueError(f"strict must be True or False, got {strict!r}")
         return Config(
-            fmt=fmt,
-            noise=noise,
-            bits=check_bits("bits", bits),
-            learned=learned,
-            block=check_block(block),
-            scale=scale,
+            weights=weights,
+            rules=make_rules(rules, given, scheduled=scheduled),
+            schedule=schedule,
             include=None if include is None else _patterns("include", include),
             exclude=_patterns("exclude", exclude or ()),
             seed=seed,
@@ -336,31 +270,106 @@ class Config:
             strict=strict,
         )
 
+    @property
+    def fmt(self) -> ElementFormat:
+        """Element format of the cast."""
+        return self.weights.fmt
+
+    @property
+    def noise(self) -> Noise:
+        """Law of R."""
+        return self.weights.noise
+
+    @property
+    def bits(self) -> float:
+        """Bit width b, at the first draw where a schedule moves it; without meaning where it is learned."""
+        return self.bits_at(0)
+
+    @property
+    def learned(self) -> LearnedBits | None:
+        """The learned widths; None for fixed ones."""
+        return self.weights.learned
+
+    @property
+    def block(self) -> Block:
+        """Rows and columns that share a maximum and a scale."""
+        return self.weights.block
+
+    @property
+    def scale(self) -> Scale:
+        """Rule of the block scale."""
+        return self.weights.scale
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether any weight may get noise."""
+        return any(one is not None and one.noise != "none" for one in (self.weights, *(r.settings for r in self.rules)))
+
+    def rule_of(self, name: str) -> Rule | None:
+        """The rule that holds of a weight: the first that matches its name."""
+        return next((rule for rule in self.rules if rule.matches(name)), None)
+
+    def settings_of(self, name: str) -> WeightSettings | None:
+        """How a weight of this name is sampled; None for one that a rule leaves alone."""
+        rule = self.rule_of(name)
+        return self.weights if rule is None else rule.settings
+
+    def bits_at(self, step: int, settings: WeightSettings | None = None) -> float:
+        """The bit width, where it is fixed or a schedule moves it, at a draw.
+
+        Args:
+            step: number of the draw.
+            settings: of the weight; the backend's own when None.
+        """
+        settings = settings or self.weights
+        width = self.schedule.width(step) if self.schedule is not None and settings.scheduled else None
+        return settings.bits if width is None else width
+
     def sample_spec(self, dtype: torch.dtype) -> SampleSpec:
-        """How a weight of this dtype is sampled in training."""
-        rule = None if self.learned is None else self.learned.rule
-        return SampleSpec(self.fmt, self.noise, self.bits, self.scale, rule, dtype)
+        """How a weight of this dtype is sampled in training, of which no rule says otherwise."""
+        return self.weights.sample_spec(dtype)
 
     def texts(self) -> dict[str, str]:
         """The settings by the names of the arguments of `gws_compile.backend`, as text for a report."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        if values.pop("learned") is not None:
+        values: dict[str, Any] = {setting.name: getattr(self, setting.name) for setting in SETTINGS}
+        values["fmt"] = self.weights.name
+        if self.learned is not None:
             values["bits"] = self.learned
+        elif self.weights.scheduled:
+            values["bits"] = "of the schedule"
+        values["rules"] = tuple(rule.text for rule in self.rules)
         if callable(self.inner):
             values["inner"] = getattr(self.inner, "__name__", type(self.inner).__name__)
         return {name: _text(value) for name, value in values.items()}
 
 
+def _check_schedule(schedule: Schedule, weights: WeightSettings, bits: float | LearnedBits | None) -> None:
+    if schedule.changes_nothing:
+        _warn("schedule=Schedule() changes nothing: give start, stop or bits")
+    elif weights.noise == "none":
+        _warn(f"schedule=Schedule({schedule}) has no effect with noise='none'")
+    if not schedule.bits:
+        return
+    if bits is not None and weights.learned is None:
+        raise ValueError(f"bits={bits!r} and Schedule.bits both say the bit width: leave one of them out")
+    for step, width in schedule.bits:
+        check_bits_of(weights.fmt, f"Schedule.bits at step {step}", width)
+        learned = weights.learned
+        if learned is not None and not learned.min <= width <= learned.max:
+            raise ValueError(
+                f"Schedule.bits at step {step} must lie within LearnedBits.min={learned.min:g} and "
+                f"max={learned.max:g}, got {width:g}"
+            )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, GwsWarning, stacklevel=4)
+
+
 def _text(value: object) -> str:
     if isinstance(value, tuple):
-        return ", ".join(map(str, value)) or "none"
+        return ", ".join("all" if one is None else str(one) for one in value) or "none"
     return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
-
-
-def _check_choice(name: str, value: object, accepted: Iterable[object]) -> None:
-    choices = tuple(accepted)
-    if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def _patterns(name: str, value: str | Iterable[str]) -> tuple[str, ...]:

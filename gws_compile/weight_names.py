@@ -65,6 +65,11 @@ def without_number(name: str) -> str:
     return name.partition("#")[0]
 
 
+def without_stage(name: str) -> str:
+    """A unique name without the `stage_prefix` that it begins with."""
+    return name.removeprefix(stage_prefix_of(name))
+
+
 def stage_prefix(index: int) -> str:
     """What stands before the names of a pipeline stage's weights: each rank holds other stages, with modules alike."""
     return f"stage{index}."

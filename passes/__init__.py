@@ -1,7 +1,7 @@
 """The graph passes, one file each, in the order in which they run.
 
     find_reads      lists the graph's weights, and follows each to what uses it        changes nothing
-    select_weights  says which are left alone and why, which of the rest get noise        changes nothing
+    select_weights  says how each is sampled, or why it is left alone             changes nothing
     insert_samples  puts ``gws::sample_weight`` between a weight and its reads         new nodes, new inputs
     fold_casts      has a sample come in the dtype that its reads convert it to        the samples' arguments
     mark_recompute  marks the samples that backward is to draw again                   the samples' metadata
@@ -33,7 +33,7 @@ from .insert_samples import insert_samples, without_samples
 from .mark_recompute import mark_recompute, without_marks
 from .rewrite_context import Rewrite
 from .runner import SKIP_VARIABLE, Pass, run
-from .select_weights import reason_of_name, select_weights
+from .select_weights import select_weights, treatment_of
 from .weights import Read, Weight, keep_weights, weights_of
 
 __all__ = [
@@ -45,9 +45,9 @@ __all__ = [
     "Rewrite",
     "Weight",
     "passes_of",
-    "reason_of_name",
     "rewrite",
     "samples",
+    "treatment_of",
     "weights_of",
 ]
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from gws_compile.numerics.blocks import Block
 from gws_compile.numerics.shards import ShardRange
 
 
@@ -13,7 +14,7 @@ from gws_compile.numerics.shards import ShardRange
 class InputLayout:
     """The inputs that the rewritten graph takes behind its own.
 
-    For each device: an int32 (2,) key of each weight and an int32 (3,) clock, in this order. Then the parameters of
+    For each device: an int32 (2,) key of each weight and an int32 (4,) clock, in this order. Then the parameters of
     learned widths.
 
     Attributes:
@@ -37,10 +38,12 @@ class LearnedInput:
         position: input position of the weight.
         name: its qualified name.
         batch_dims: see `gws_compile.numerics.blocks.matrix_shape`.
+        block: shape of its blocks.
         shard: the part that this rank holds, where the weight is a DTensor.
     """
 
     position: int
     name: str
     batch_dims: int
+    block: Block
     shard: ShardRange | None

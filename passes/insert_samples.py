@@ -9,11 +9,13 @@ import torch
 from torch import fx
 
 from gws_compile.config import Config
-from gws_compile.numerics.blocks import matrix_shape
-from gws_compile.numerics.shards import from_local_like
+from gws_compile.numerics.blocks import Block, block_argument, clamped, matrix_shape
+from gws_compile.numerics.scales import needs_block_maximum
+from gws_compile.numerics.shards import ShardRange, from_local_like
 from gws_compile.numerics.widths import parameter_shape
-from gws_compile.ops.sample_arguments import SampleArguments
-from gws_compile.torch_internals.distributed import local_example
+from gws_compile.ops.sample_arguments import MaximumArguments, SampleArguments
+from gws_compile.settings.weight_settings import WeightSettings
+from gws_compile.torch_internals.distributed import local_example, maximum_over_ranks
 from gws_compile.torch_internals.fake_tensors import fake_like
 from gws_compile.torch_internals.graphs import add_placeholder, example_value, set_gradients
 
@@ -51,6 +53,12 @@ def insert_samples(rewrite: Rewrite, *, config: Config) -> None:
     each inserted where its reads stand, as what is made under ``no_grad`` has no gradient. Other uses of the weight
     keep reading the weight itself.
 
+    Where its blocks are as long as the weight, or its scales have a level for all of it, the maxima are those over the
+    ranks, computed in front of the sample::
+
+        weight_maximum = gws.weight_maximum(weight.to_local(), 0, ...)
+        sample_weight = gws.sample_weight(..., maximum_over_ranks(weight_maximum, weight, dims), ...)
+
     With learned widths their parameters are inputs too, also of graphs without noise, whose cast depends on them.
 
     Requires the weights of `find_reads`, with what `select_weights` says of them. Provides `Rewrite.layout` (keys,
@@ -58,19 +66,19 @@ def insert_samples(rewrite: Rewrite, *, config: Config) -> None:
 
     Args:
         rewrite: the graph; changed in place, and its checkpoint bodies.
-        config: format, noise, block and scale become the operator's arguments.
+        config: ``backward`` becomes an argument of the operator, as format, noise, block and scale of a weight do.
     """
     noisy = [weight for weight in rewrite.selected if weight.noisy]
-    learned = [weight for weight in rewrite.selected if config.learned is not None and weight.trainable]
+    learned = [weight for weight in rewrite.selected if weight.sampled_as.learned is not None and weight.trainable]
     inserter = _Inserter(rewrite, config)
     keys, clocks = _add_keys(rewrite.module, noisy)
-    widths = {weight.position: _add_widths(rewrite.module, weight, i, config) for i, weight in enumerate(learned)}
+    widths = {weight.position: _add_widths(rewrite.module, weight, i) for i, weight in enumerate(learned)}
     for weight in rewrite.selected:
         clock = clocks[weight.device] if weight.noisy else None
         inputs = _Inputs(keys.get(weight.position), clock, widths.get(weight.position))
         inserter.insert(weight, weight.place, inputs)
     inserter.drop_unused()
-    rewrite.layout = _layout(rewrite, noisy, learned, config)
+    rewrite.layout = _layout(rewrite, noisy, learned)
 
 
 def without_samples(rewrite: Rewrite) -> None:
@@ -81,14 +89,16 @@ def without_samples(rewrite: Rewrite) -> None:
             read.noisy = False
 
 
-def _layout(rewrite: Rewrite, noisy: list[Weight], learned: list[Weight], config: Config) -> InputLayout:
+def _layout(rewrite: Rewrite, noisy: list[Weight], learned: list[Weight]) -> InputLayout:
     by_device = {device: [w for w in noisy if w.device == device] for device in dict.fromkeys(w.device for w in noisy)}
-    trained = [w for w in rewrite.selected if w.gradients and config.noise != "none"]
+    trained = [w for w in rewrite.selected if w.gradients and w.sampled_as.noise != "none"]
     return InputLayout(
         positions={device: tuple(w.position for w in weights) for device, weights in by_device.items()},
         names={device: tuple(w.name for w in weights) for device, weights in by_device.items()},
         trainable=tuple((w.position, w.name, w.trainable) for w in trained),
-        learned=tuple(LearnedInput(w.position, w.name, w.reads[0].batch_dims, w.shard) for w in learned),
+        learned=tuple(
+            LearnedInput(w.position, w.name, w.reads[0].batch_dims, w.sampled_as.block, w.shard) for w in learned
+        ),
     )
 
 
@@ -104,18 +114,29 @@ def _add_keys(gm: fx.GraphModule, noisy: list[Weight]) -> tuple[dict[int, fx.Nod
         for weight in members:
             key = fake_like(torch.zeros(2, dtype=torch.int32, device=device), example)
             keys[weight.position] = add_placeholder(gm.graph, f"gws_key_{len(keys)}", key)
-        clock = fake_like(torch.zeros(3, dtype=torch.int32, device=device), example)
+        clock = fake_like(torch.zeros(4, dtype=torch.int32, device=device), example)
         clocks[device] = add_placeholder(gm.graph, f"gws_clock{suffix}", clock)
     return keys, clocks
 
 
-def _add_widths(gm: fx.GraphModule, weight: Weight, number: int, config: Config) -> fx.Node:
+def _add_widths(gm: fx.GraphModule, weight: Weight, number: int) -> fx.Node:
     """An input for the width parameter of a weight."""
-    assert config.learned is not None
+    settings, dims = weight.sampled_as, weight.reads[0].batch_dims
+    assert settings.learned is not None
     local = weight.shape if weight.shard is None else weight.shard.local
-    shape = parameter_shape(*matrix_shape(local, weight.reads[0].batch_dims), config.block, config.learned.granularity)
+    # Of a block that is longer than the weight, that of the whole weight says so.
+    sides = clamped(settings.block, *matrix_shape(weight.shape if weight.shard is None else weight.shard.whole, dims)[1:])
+    shape = parameter_shape(*matrix_shape(local, dims), sides, settings.learned.granularity)
     parameter = torch.ones(shape, dtype=torch.float32, device=weight.device, requires_grad=True)
     return add_placeholder(gm.graph, f"gws_bits_{number}", fake_like(parameter, example_value(weight.node)))
+
+
+def _maxima_of(settings: WeightSettings) -> tuple[Block, bool]:
+    """Of which blocks a sample has to know maxima that may lie on several ranks; and whether over what is finite alone.
+
+    The scale ``"nvfp4"`` has a level for the whole matrix.
+    """
+    return ((None, None), True) if settings.scale == "nvfp4" else (settings.block, False)
 
 
 @dataclass(frozen=True)
@@ -220,10 +241,11 @@ class _Inserter:
             if switched:
                 set_gradients(graph, True)
             held = node if shard is None else graph.call_method("to_local", (node,))
+            maxima = None if shard is None else self._maxima(weight, shard, place, held)
             sampled = graph.create_node(
                 "call_function",
                 torch.ops.gws.sample_weight.default,
-                self._arguments(weight, held, inputs).call(),
+                self._arguments(weight, held, maxima, inputs).call(),
                 name="sample_weight",
             )
             used = sampled if shard is None else graph.call_function(from_local_like, (sampled, node))
@@ -237,25 +259,52 @@ class _Inserter:
                 made.meta["example_value"] = example
         return sampled, used
 
-    def _arguments(self, weight: Weight, held: fx.Node, inputs: _Inputs) -> SampleArguments:
-        config, shard = self._config, weight.shard
-        learned = config.learned if inputs.widths is not None else None
+    def _maxima(self, weight: Weight, shard: ShardRange, place: Place, held: fx.Node) -> fx.Node | None:
+        """The maxima over the ranks that the sample of a shard needs; None where its own are enough.
+
+        The ranks of a weight agree on whether there are any, as all of them have to compute them together.
+        """
+        settings, dims = weight.sampled_as, weight.reads[0].batch_dims
+        block, finite = _maxima_of(settings)
+        spread = shard.spread_dims(dims, block)
+        if not spread or not needs_block_maximum(settings.fmt, settings.scale, settings.noise):
+            return None
+        graph = place.module.graph
+        given = MaximumArguments(held, dims, block_argument(block), finite)
+        own = graph.create_node(
+            "call_function", torch.ops.gws.weight_maximum.default, given.call(), name="weight_maximum"
+        )
+        found = graph.call_function(maximum_over_ranks, (own, place.node, spread))
+        local = local_example(example_value(place.node))
+        matrices, rows, cols = matrix_shape(shard.local, dims)
+        sides = clamped(block, rows, cols)
+        example = local.new_zeros([matrices, -(-rows // sides[0]), -(-cols // sides[1])], dtype=torch.int32)
+        for made in (own, found):
+            made.meta["example_value"] = example
+        return found
+
+    def _arguments(
+        self, weight: Weight, held: fx.Node, maxima: fx.Node | None, inputs: _Inputs
+    ) -> SampleArguments:
+        settings, shard = weight.sampled_as, weight.shard
+        learned = settings.learned if inputs.widths is not None else None
         return SampleArguments(
             w=held,
             key=inputs.key,
             clock=inputs.clock,
+            maxima=maxima,
             batch_dims=weight.reads[0].batch_dims,
-            fmt=config.fmt.spec,
-            bits=config.bits,
-            noise=config.noise if inputs.key is not None else "none",
-            block=list(config.block),
-            scale=config.scale or "",
+            fmt=settings.fmt.spec,
+            bits=None if settings.scheduled and inputs.clock is not None else settings.bits,
+            noise=settings.noise if inputs.key is not None else "none",
+            block=block_argument(settings.block),
+            scale=settings.scale or "",
             learned=inputs.widths,
             rule=learned.rule.spec if learned is not None else "",
             whole=[] if shard is None else list(shard.whole),
             offset=[] if shard is None else list(shard.offset),
             out_dtype=None,
-            keep=config.backward == "save",
+            keep=self._config.backward == "save",
         )
 
     def _redirect(

@@ -6,6 +6,7 @@ from gws_compile.config import Config
 from gws_compile.numerics.scales import needs_block_maximum
 from gws_compile.numerics.shards import ShardRange
 from gws_compile.ops.sample_weight import DTYPES, MAX_ELEMENTS
+from gws_compile.settings.weight_settings import WeightSettings
 from gws_compile.weight_names import first_match
 
 from .rewrite_context import Rewrite
@@ -13,7 +14,7 @@ from .weights import Use, Weight
 
 
 def select_weights(rewrite: Rewrite, *, config: Config) -> None:
-    """Set `Weight.reason` on every weight that is to be left alone, and `Read.noisy` on the reads of the others.
+    """Say how each weight is sampled, `Weight.settings`, or why it is left alone, `Weight.reason`; which reads get noise.
 
     Noise is for reads by which a weight is trained: frozen weights get the cast alone, and so does a read through which
     no gradient flows to its weight.
@@ -22,28 +23,30 @@ def select_weights(rewrite: Rewrite, *, config: Config) -> None:
 
     Args:
         rewrite: the graph.
-        config: ``include`` and ``exclude`` decide by name.
+        config: ``include``, ``exclude`` and ``rules`` decide by name.
 
     Raises:
-        ValueError: a rank's shard of a weight does not consist of whole blocks.
+        ValueError: a block of a sharded weight lies on several ranks, and is not as long as the weight.
     """
     for weight in rewrite.weights:
+        weight.settings = config.settings_of(weight.name)
         weight.reason, weight.may_be_read = _judge(weight, config)
     for weight in rewrite.selected:
         for read in weight.reads:
-            read.noisy = config.noise != "none" and weight.trainable and read.gradients
+            read.noisy = weight.sampled_as.noise != "none" and weight.trainable and read.gradients
         if weight.shard is not None:
-            _check_shard(weight, weight.shard, config)
+            _check_shard(weight, weight.shard, weight.sampled_as)
 
 
-def _check_shard(weight: Weight, shard: ShardRange, config: Config) -> None:
-    if not needs_block_maximum(config.fmt, config.scale, config.noise):
+def _check_shard(weight: Weight, shard: ShardRange, settings: WeightSettings) -> None:
+    if not needs_block_maximum(settings.fmt, settings.scale, settings.noise):
         return
-    cut = shard.cut_block(weight.reads[0].batch_dims, config.block)
+    cut = shard.cut_block(weight.reads[0].batch_dims, settings.block)
     if cut is not None:
         raise ValueError(
             f"{weight.name}: a shard of shape {shard.local} of the whole weight {shard.whole} cuts through a block of "
-            f"{config.block}: {cut}. Use a block that divides the shard, another number of ranks, or exclude the weight"
+            f"{settings.block}: {cut}. Use a block that divides the shard, another number of ranks, or exclude the "
+            "weight"
         )
 
 
@@ -75,22 +78,30 @@ def _untouched(weight: Weight) -> str | None:
     return f"no matrix product or convolution reads it, only: {uses}"
 
 
-def reason_of_name(name: str, config: Config) -> str | None:
-    """Why a weight is left alone whose name ``include`` and ``exclude`` say so of; None for one that they let be.
+def treatment_of(name: str, config: Config) -> tuple[str | None, WeightSettings | None]:
+    """What a weight's name alone decides: why it is left alone, None where nothing says so; and how it is sampled.
 
     Args:
         name: the weight's.
         config: the settings.
     """
+    reason = _reason_of_name(name, config)
+    return reason, config.settings_of(name) if reason is None else None
+
+
+def _reason_of_name(name: str, config: Config) -> str | None:
     if config.include is not None and not first_match(name, config.include):
         return f"no include pattern matches ({', '.join(config.include)})"
     pattern = first_match(name, config.exclude)
-    return None if pattern is None else f"matches the exclude pattern {pattern!r}"
+    if pattern is not None:
+        return f"matches the exclude pattern {pattern!r}"
+    rule = config.rule_of(name)
+    return f"the rule {rule.text!r} leaves it alone" if rule is not None and rule.settings is None else None
 
 
 def _unwanted(weight: Weight, config: Config) -> str | None:
     """Why a weight is left alone by its name or its nature, with no loss."""
-    named = reason_of_name(weight.name, config)
+    named = _reason_of_name(weight.name, config)
     if named is not None:
         return named
     included = config.include is not None

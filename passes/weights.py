@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from gws_compile.numerics.shards import ShardRange
+from gws_compile.settings.weight_settings import WeightSettings
 
 from .graph_walk import Place
 
@@ -76,6 +77,7 @@ class Weight:
         embedded: it is also the table of an embedding look-up.
         written: it is written in place.
         other_uses: what uses it otherwise.
+        settings: how it is sampled, by its name; of `select_weights`. None for one that a rule leaves alone.
         reason: why it is left alone; None while it is to be rewritten.
         may_be_read: whether it is left alone although the graph multiplies by it, or may do so: a custom operator or a
             higher-order one uses it, it is computed with before a read, or its dtype, class or place in memory is in
@@ -95,6 +97,7 @@ class Weight:
     embedded: bool = False
     written: bool = False
     other_uses: list[Use] = field(default_factory=list)
+    settings: WeightSettings | None = None
     reason: str | None = None
     may_be_read: bool = False
 
@@ -102,6 +105,12 @@ class Weight:
     def node(self) -> fx.Node:
         """Its placeholder."""
         return self.place.node
+
+    @property
+    def sampled_as(self) -> WeightSettings:
+        """How it is sampled, of a weight that is not left alone."""
+        assert self.settings is not None
+        return self.settings
 
     @property
     def noisy(self) -> bool:

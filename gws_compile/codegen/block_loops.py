@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..numerics.blocks import matrix_shape
+from ..numerics.blocks import clamped, matrix_shape
 from ..numerics.primitives import Value
 from ..torch_internals import inductor
 from .loops import Index, Loader, Loops
@@ -27,9 +27,10 @@ class BlockLoops(Loops):
 
     def __init__(self, w: Any, batch_dims: int, block: Sequence[int]) -> None:
         super().__init__(w, batch_dims, block)
-        self._block_rows, self._block_cols = self.rows // block[0], self.cols // block[1]
+        br, bc = self.block
+        self._block_rows, self._block_cols = self.rows // br, self.cols // bc
         self.blocks = [self.matrices * self._block_rows * self._block_cols]
-        self.ranges = [*self.blocks, block[0] * block[1]]
+        self.ranges = [*self.blocks, br * bc]
         self._load = inductor.view(w, [self.matrices, self.rows, self.cols]).make_loader()
 
     @staticmethod
@@ -37,6 +38,7 @@ class BlockLoops(Loops):
         """Whether a weight can be sampled in these loops, and should."""
         shape = w.get_size()
         _, rows, cols = matrix_shape(shape, batch_dims)
+        block = clamped(block, rows, cols)
         return (
             w.get_device().type != "cpu"
             and math.prod(block) <= _MAX_BLOCK
@@ -64,13 +66,15 @@ class BlockLoops(Loops):
 
         return element
 
-    def reduce(self, kind: str, value: Loader, dtype: torch.dtype) -> Loader:
+    def matrix_of(self, block: Index) -> Index:
+        return [inductor.floordiv(block[0], self._block_rows * self._block_cols)]
+
+    def reduced(self, kind: str, value: Loader, dtype: torch.dtype) -> Any:
         reduced = inductor.reduction(
             kind, self.w.get_device(), dtype, lambda i, r: value([*i, *r]), self.blocks, self.ranges[1:]
         )
         reduced.realize()
-        load: Loader = reduced.make_loader()
-        return load
+        return reduced
 
     def store(self, element: Loader, out_dtype: torch.dtype) -> Any:
 

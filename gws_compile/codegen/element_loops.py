@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ class ElementLoops(Loops):
     def __init__(self, w: Any, batch_dims: int, block: Sequence[int]) -> None:
         super().__init__(w, batch_dims, block)
         self.ranges = list(self.shape)
-        self.blocks = [self.matrices, inductor.ceildiv(self.rows, block[0]), inductor.ceildiv(self.cols, block[1])]
+        br, bc = self.block
+        self.blocks = [self.matrices, inductor.ceildiv(self.rows, br), inductor.ceildiv(self.cols, bc)]
         self._load = w.make_loader()
 
     def load(self, index: Index) -> Value:
@@ -32,10 +34,27 @@ class ElementLoops(Loops):
             return self.reduce("max", lambda index: inductor.ops.abs(self.load(index)), torch.float32)
         return super().maximum()
 
+    def maximum_bits(self, *, finite: bool = False) -> Any:
+        if not self._is_narrow:
+            return super().maximum_bits(finite=finite)
+        ops = inductor.ops
+
+        def magnitude(index: Index) -> Value:
+            value = ops.abs(self.load(index))
+            return ops.where(ops.lt(value, ops.constant(math.inf, torch.float32)), value, ops.constant(0.0, torch.float32))
+
+        largest = self.reduced(
+            "max", magnitude if finite else lambda index: ops.abs(self.load(index)), torch.float32
+        ).make_loader()
+        return self.stored_tensor(lambda block: self.p.float_bits(largest(block)), torch.int32)
+
     def block_of(self, index: Index) -> Index:
         matrix, row, col = self._matrix_index(index)
         br, bc = self.block
         return [matrix, inductor.block_index(row, self.rows, br), inductor.block_index(col, self.cols, bc)]
+
+    def matrix_of(self, block: Index) -> Index:
+        return [block[0]]
 
     def element_index(self, whole: Sequence[int], offset: Sequence[int]) -> Loader:
         sizes: Sequence[Any] = whole or self.shape
@@ -58,11 +77,10 @@ class ElementLoops(Loops):
 
         return element
 
-    def reduce(self, kind: str, value: Loader, dtype: torch.dtype) -> Loader:
+    def reduced(self, kind: str, value: Loader, dtype: torch.dtype) -> Any:
         reduced = {"max": inductor.amax, "sum": inductor.sum}[kind](self._by_block(value, dtype), [2, 4])
         reduced.realize()
-        load: Loader = reduced.make_loader()
-        return load
+        return reduced
 
     def store(self, element: Loader, out_dtype: torch.dtype) -> Any:
         return inductor.to_dtype(inductor.to_dtype(self._apart(element), self.w.get_dtype()), out_dtype)

@@ -63,6 +63,9 @@ class InductorPrimitives:
     def fmul(self, x: Value, y: Value) -> Value:
         return self._ops.mul(self._float(x), self._float(y))
 
+    def fdiv(self, x: Value, y: Value) -> Value:
+        return self._ops.truediv(self._float(x), self._float(y))
+
     def fselect(self, mask: Value, x: Value, y: Value) -> Value:
         return self._ops.where(mask, self._float(x), self._float(y))
 

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from ..numerics.blocks import matrix_shape
+from ..numerics.blocks import clamped, matrix_shape
+from ..numerics.float32 import EXPONENT, MAGNITUDE
 from ..numerics.primitives import Primitives, Value
 from ..torch_internals import inductor
 from .inductor_primitives import InductorPrimitives
@@ -39,7 +40,7 @@ class Loops(ABC):
         self.w = w
         self.shape: Sequence[Any] = w.get_size()
         self.matrices, self.rows, self.cols = matrix_shape(self.shape, batch_dims)
-        self.block = block
+        self.block = clamped(block, self.rows, self.cols)
         self.batch_dims = batch_dims
         self.on_gpu = w.get_device().type != "cpu"
         self.p: Primitives = InductorPrimitives()
@@ -56,6 +57,10 @@ class Loops(ABC):
         """The block of an element, as an index into ``blocks``."""
 
     @abstractmethod
+    def matrix_of(self, block: Index) -> Index:
+        """The matrix of a block, as an index into the matrices."""
+
+    @abstractmethod
     def element_index(self, whole: Sequence[int], offset: Sequence[int]) -> Loader:
         """The int32 row-major index of an element in the whole weight, mod 2**32, by the loops' index.
 
@@ -65,35 +70,59 @@ class Loops(ABC):
         """
 
     @abstractmethod
-    def reduce(self, kind: str, value: Loader, dtype: torch.dtype) -> Loader:
-        """The ``"max"`` or ``"sum"`` over each block of a value of each element; the loader is one by block."""
+    def reduced(self, kind: str, value: Loader, dtype: torch.dtype) -> Any:
+        """The ``"max"`` or ``"sum"`` over each block of a value of each element: a stored tensor of shape ``blocks``."""
 
     @abstractmethod
     def store(self, element: Loader, out_dtype: torch.dtype) -> Any:
         """The result: a float32 value of each element, in the weight's shape, converted to its dtype and then on."""
 
+    def reduce(self, kind: str, value: Loader, dtype: torch.dtype) -> Loader:
+        """The loader of what `reduced` stores."""
+        load: Loader = self.reduced(kind, value, dtype).make_loader()
+        return load
+
     def maximum(self) -> Loader:
         """float32: the largest magnitude of each block, NaN where it has one; as `numerics.blocks` computes it."""
+        return self.from_bits(self.maximum_bits().make_loader())
+
+    def maximum_bits(self, *, finite: bool = False) -> Any:
+        """Its bits, int32, a stored tensor; over what is finite alone, where that is asked for.
+
+        The largest bits are those of the largest magnitude, or of a NaN. To compare floats, which is to look for NaNs,
+        takes twice the instructions.
+        """
         p = self.p
-        # The largest bits are those of the largest magnitude, or of a NaN. To compare floats, which is to look for
-        # NaNs, takes twice the instructions.
-        bits = self.reduce("max", lambda index: p.iand(p.float_bits(self.load(index)), 0x7FFFFFFF), torch.int32)
-        return lambda block: p.bits_float(bits(block))
+
+        def bits(index: Index) -> Value:
+            magnitude = p.iand(p.float_bits(self.load(index)), MAGNITUDE)
+            return p.iselect(p.ilt(magnitude, EXPONENT), magnitude, 0) if finite else magnitude
+
+        return self.reduced("max", bits, torch.int32)
+
+    def from_bits(self, bits: Loader) -> Loader:
+        """float32 values, of their bits."""
+        return lambda index: self.p.bits_float(bits(index))
 
     def sampled_load(self) -> Loader:
         """`load`, for the loop that samples."""
         return self.load
 
-    def of_blocks(self, value: Loader) -> Loader:
+    def of_blocks(self, value: Loader, *, cheap: bool) -> Loader:
         """A float32 value of each block, given by a function of its index: on a CPU computed once, and loaded.
 
-        A GPU computes it again for each element: that takes fewer instructions than to load more than one value.
+        A GPU computes it again for each element if it is cheap: that takes fewer instructions than to load more than
+        one value.
         """
-        return value if self.on_gpu else self.stored(value, torch.float32)
+        return value if self.on_gpu and cheap else self.stored(value, torch.float32)
 
     def stored(self, value: Loader, dtype: torch.dtype) -> Loader:
         """The same, computed once on every device."""
+        load: Loader = self.stored_tensor(value, dtype).make_loader()
+        return load
+
+    def stored_tensor(self, value: Loader, dtype: torch.dtype) -> Any:
+        """The same as a tensor."""
         stored = inductor.pointwise(device=self.w.get_device(), dtype=dtype, value=value, ranges=list(self.blocks))
         stored.realize()
-        load: Loader = stored.make_loader()
-        return load
+        return stored

@@ -9,13 +9,14 @@ Importing this module registers the lowerings; the backend does so before it com
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..numerics.primitives import Value
 from ..numerics.spec import SampleSpec, Words
-from ..ops.sample_arguments import BitsGradientArguments, SampleArguments
+from ..ops.sample_arguments import BitsGradientArguments, MaximumArguments, SampleArguments
 from ..torch_internals import inductor
 from .block_loops import BlockLoops
 from .cpp import kernel
@@ -43,15 +44,17 @@ def _lower(*arguments: Any) -> Any:
     w = given.w
     spec = given.spec(w.get_dtype())
     alone = not inductor.has_pointwise_user()
+    if spec.needs_matrix_maximum and spec.block_values and given.maxima is None:
+        given = replace(given, maxima=_maxima(w, given.batch_dims, (0, 0), finite=True))
     if alone:
         sampled = kernel.sample(given, spec)
         if sampled is not None:
             return sampled
     # Learned widths take several values for each block, which are stored: on a GPU, in a kernel of their own.
-    in_blocks = alone and spec.rule is None
+    in_blocks = alone and spec.rule is None and given.block_maxima is None
     loops = _loops_over(w, given.batch_dims, given.block, given.whole, in_blocks=in_blocks)
     key, clock = (_words(given.key), _words(given.clock)) if spec.noisy else (None, None)
-    of_block = _block_values(loops, spec, given.learned, clock)
+    of_block = _block_values(loops, spec, given, clock)
     load = loops.sampled_load()
     element_index = loops.element_index(*given.part) if spec.noisy else None
 
@@ -69,23 +72,38 @@ def _lower(*arguments: Any) -> Any:
     return loops.store(element, given.out_dtype or spec.dtype)
 
 
-def _block_values(loops: Loops, spec: SampleSpec, learned: Any, clock: Words | None) -> dict[str, Loader]:
+def _maxima(w: Any, batch_dims: int, block: Sequence[int], *, finite: bool = False) -> Any:
+    """int32 bits of the maxima of blocks, as a stored tensor of shape (matrices, block rows, block columns)."""
+    w.realize()
+    return ElementLoops(w, batch_dims, block).maximum_bits(finite=finite)
+
+
+def _block_values(loops: Loops, spec: SampleSpec, given: SampleArguments, clock: Words | None) -> dict[str, Loader]:
     """The loaders of `SampleSpec.block_values`, by block: stored for learned widths, else as `Loops.of_blocks` does."""
     if not spec.block_values:
         return {}
-    amax = loops.maximum()
-    load_learned = None if learned is None else _load_learned(learned)
+    amax = _block_maximum(loops, given.block_maxima)
+    load_learned = None if given.learned is None else _load_learned(given.learned)
+    matrix = None if given.matrix_maxima is None else loops.from_bits(given.matrix_maxima.make_loader())
 
     def of_block(name: str) -> Loader:
         def value(block: Index) -> Value:
             width_parameter = None if load_learned is None else lambda: load_learned(block)
-            return spec.of_block(loops.p, lambda: amax(block), width_parameter, clock)[name]()
+            of_matrix = None if matrix is None else lambda: matrix([*loops.matrix_of(block), 0, 0])
+            return spec.of_block(loops.p, lambda: amax(block), width_parameter, clock, of_matrix)[name]()
 
         return value
 
     if spec.rule is not None:
         return {name: loops.stored(of_block(name), dtype) for name, dtype in spec.block_values.items()}
-    return {name: loops.of_blocks(of_block(name)) for name in spec.block_values}
+    # Block by block, what a block has in common is computed once for it, not for each element.
+    cheap = spec.is_cheap or isinstance(loops, BlockLoops)
+    return {name: loops.of_blocks(of_block(name), cheap=cheap) for name in spec.block_values}
+
+
+def _block_maximum(loops: Loops, maxima: Any) -> Loader:
+    """float32: the maximum of each block, computed or given."""
+    return loops.maximum() if maxima is None else loops.from_bits(maxima.make_loader())
 
 
 def _load_learned(learned: Any) -> Loader:
@@ -115,7 +133,7 @@ def _lower_gradient(*arguments: Any) -> Any:
         r = spec.of_element(p, lambda: element_index(index), key, clock)
         return p.fmul(inductor.ops.to_dtype(load_grad(index), torch.float32), r)
 
-    amax, total = loops.maximum(), loops.reduce("sum", product, torch.float32)
+    amax, total = _block_maximum(loops, given.maxima), loops.reduce("sum", product, torch.float32)
 
     def of_block(block: Index) -> Value:
         return spec.of_block(p, lambda: total(block), lambda: amax(block), lambda: load_learned(block))
@@ -136,5 +154,11 @@ def _lower_gradient(*arguments: Any) -> Any:
     return inductor.pointwise(device=device, dtype=torch.float32, value=of_parameter, ranges=list(learned.get_size()))
 
 
+def _lower_maximum(*arguments: Any) -> Any:
+    given = MaximumArguments(*arguments)
+    return _maxima(given.w, given.batch_dims, given.block, finite=given.finite)
+
+
 inductor.register_lowering(torch.ops.gws.sample_weight.default, _lower)
+inductor.register_lowering(torch.ops.gws.weight_maximum.default, _lower_maximum)
 inductor.register_lowering(torch.ops.gws.bits_gradient.default, _lower_gradient)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ..config import SETTINGS
-from .settings_text import CONFIG_VARIABLE, NAMES, checked, from_environment, nearest, variable
+from .settings_text import CONFIG_VARIABLE, checked, from_environment, nearest, variable
 
 
 class UsageError(Exception):
@@ -35,12 +35,12 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--config", metavar="FILE.toml", help=f"a file with settings (or {CONFIG_VARIABLE})")
     for setting in SETTINGS:
-        option, text = f"--{setting.name}", setting.help.replace("%", "%%")
+        option, text = f"--{setting.option or setting.name}", setting.help.replace("%", "%%")
         if isinstance(setting.default, bool):
             group.add_argument(option, action=argparse.BooleanOptionalAction, default=None, help=text)
         elif setting.several:
-            text += " Parted by commas, or given several times."
-            group.add_argument(option, metavar=setting.metavar, action="append", help=text)
+            text += " Given once for each." if setting.option else " Parted by commas, or given several times."
+            group.add_argument(option, dest=setting.name, metavar=setting.metavar, action="append", help=text)
         else:
             group.add_argument(option, metavar=setting.metavar, help=text)
 
@@ -57,17 +57,18 @@ def export_settings(parsed: argparse.Namespace) -> dict[str, Any]:
     try:
         if parsed.config is not None:
             os.environ[CONFIG_VARIABLE] = os.path.abspath(parsed.config)  # noqa: PTH100
-        for name in NAMES:
-            text = _text(getattr(parsed, name))
+        for setting in SETTINGS:
+            name, option = setting.name, setting.option or setting.name
+            text = _text(getattr(parsed, name), separator=";" if setting.option else ",")
             if text is not None:
-                checked(name, text, f"--{name} {text}")
+                checked(name, text, f"--{option} {text}")
                 os.environ[variable(name)] = text
         return from_environment()
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from None
 
 
-def _text(value: str | bool | Sequence[str] | None) -> str | None:
+def _text(value: str | bool | Sequence[str] | None, *, separator: str) -> str | None:
     if value is None or isinstance(value, str):
         return value
-    return str(value).lower() if isinstance(value, bool) else ",".join(value)
+    return str(value).lower() if isinstance(value, bool) else separator.join(value)

@@ -18,8 +18,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..config import SETTINGS, Config, LearnedBits
+from ..config import SETTINGS, Config
 from ..passes import SKIP_VARIABLE
+from ..settings.learned_bits import LearnedBits
+from ..settings.rules import KEYS, RuleLike
+from ..settings.schedule import Schedule
 from ..warning import GwsWarning
 
 NAMES = tuple(setting.name for setting in SETTINGS)
@@ -41,10 +44,12 @@ def read(name: str, text: str) -> Any:
     Args:
         name: of the setting.
         text: ``"5"``, ``"learned"`` or ``"learned:average=5,granularity=weight"`` for bits; ``"32x32"`` or ``"32,32"``
-            for block; globs parted by commas; ``"none"`` for no scale; ``"true"`` or ``"1"``.
+            for block, ``"1xall"`` for a row; globs parted by commas; ``"none"`` for no scale; ``"true"`` or ``"1"``;
+            ``"*.mlp.*=nvfp4;*.attn.*=fp8_e4m3,block=1x32;*.0.*=none"`` for rules;
+            ``"start=100,stop=900,bits=0:8/1000:5"`` for a schedule.
 
     Raises:
-        ValueError: an unknown or bad argument of `LearnedBits`.
+        ValueError: an unknown or bad argument of `LearnedBits` or `Schedule`, or no rule.
     """
     return _READERS.get(name, str)(text)
 
@@ -82,7 +87,9 @@ def _from_variables(variables: tuple[tuple[str, str], ...]) -> tuple[tuple[str, 
 def from_file(path: str | Path) -> dict[str, Any]:
     """The settings in a TOML file: its keys are the arguments of `gws_compile.backend`.
 
-    A table ``[bits]`` holds the arguments of `LearnedBits`. Text stands for what it does in the environment.
+    A table ``[bits]`` holds the arguments of `LearnedBits`, ``[schedule]`` those of `Schedule`; each table ``[[rules]]``
+    has a ``match``, a glob or a list of them, and settings, or ``fmt = "none"``. Text stands for what it does in the
+    environment.
 
     Raises:
         ValueError: no TOML, an unknown key, or a bad value. OSError: no such file.
@@ -110,8 +117,8 @@ def checked(name: str, value: Any, source: str) -> Any:
     try:
         if isinstance(value, str):
             value = read(name, value)
-        elif name == "bits" and isinstance(value, dict):
-            value = _learned_bits(value)
+        elif name in _TABLES:
+            value = _TABLES[name](value)
         Config.make(**{name: value})
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
@@ -134,6 +141,71 @@ def _learned_bits(arguments: dict[str, Any]) -> LearnedBits:
     return LearnedBits(**arguments)
 
 
+def _schedule_of(arguments: dict[str, Any]) -> Schedule:
+    accepted = [field.name for field in fields(Schedule)]
+    if unknown := [name for name in arguments if name not in accepted]:
+        raise ValueError(f"Schedule has no {unknown[0]!r}: {nearest(unknown[0], accepted)}")
+    if isinstance(points := arguments.get("bits"), list):
+        arguments = {**arguments, "bits": tuple(tuple(p) if isinstance(p, list) else p for p in points)}
+    return Schedule(**arguments)
+
+
+def _schedule(text: str) -> Schedule:
+    pairs = (pair.partition("=") for pair in text.split(",") if pair)
+    arguments: dict[str, Any] = {}
+    for name, _, value in pairs:
+        points = tuple(tuple(map(_number, point.split(":"))) for point in value.split("/"))
+        arguments[name.strip()] = points if name.strip() == "bits" else _number(value.strip())
+    whole = {name: _whole(value) for name, value in arguments.items()}
+    return _schedule_of(whole)
+
+
+def _whole(value: Any) -> Any:
+    """Steps, as text, are floats that are whole."""
+    if isinstance(value, tuple):
+        return tuple((_whole(point[0]), *point[1:]) if point else point for point in value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _rule(text: str) -> RuleLike:
+    """A rule from ``GLOB=FORMAT``, ``GLOB=FORMAT,KEY=VALUE`` or ``GLOB=KEY=VALUE,KEY=VALUE``."""
+    glob, equals, given = text.partition("=")
+    if not equals or not glob.strip() or not given.strip():
+        raise ValueError(
+            f"a rule is GLOB=FORMAT, GLOB=none, or GLOB=KEY=VALUE,... with {', '.join(KEYS)}, got {text!r}"
+        )
+    if given.strip() == "none":
+        return glob.strip(), None
+    values: dict[str, Any] = {}
+    for part in given.split(","):
+        key, is_pair, value = part.partition("=")
+        name = key.strip() if is_pair else "fmt"
+        values[name] = read(name, (value if is_pair else key).strip())
+    return glob.strip(), values
+
+
+def _rules(text: str) -> tuple[RuleLike, ...]:
+    return tuple(_rule(one.strip()) for one in text.split(";") if one.strip())
+
+
+def _rules_of(tables: Any) -> Any:
+    """Rules from the tables ``[[rules]]``; whatever else is left to `Config.make` to refuse."""
+    if not isinstance(tables, list):
+        return tables
+    return tuple(_rule_of(table) if isinstance(table, dict) else table for table in tables)
+
+
+def _rule_of(table: dict[str, Any]) -> RuleLike:
+    values = {name: read(name, value) if isinstance(value, str) else value for name, value in table.items()}
+    match = table.get("match")
+    if match is None:
+        raise ValueError(f"a rule needs match = a glob, or a list of them, got {table!r}")
+    values.pop("match")
+    if values == {"fmt": "none"}:
+        return match, None
+    return match, values
+
+
 def _number(text: str) -> float | str:
     try:
         return float(text)
@@ -150,8 +222,8 @@ def _bits(text: str) -> Any:
 
 
 def _block(text: str) -> Any:
-    sides = re.split(r"[x,]", text.strip("()[] "))
-    return tuple(int(side) if side.strip().isdecimal() else side for side in sides)
+    sides = [side.strip() for side in re.split(r"[x,]", text.strip("()[] "))]
+    return tuple(int(side) if side.isdecimal() else None if side.lower() in ("all", "none") else side for side in sides)
 
 
 def _globs(text: str) -> tuple[str, ...] | str:
@@ -174,10 +246,20 @@ def _scale(text: str) -> str | None:
     return None if text == "none" else text
 
 
+_TABLES: dict[str, Callable[[Any], Any]] = {
+    "bits": lambda value: _learned_bits(value) if isinstance(value, dict) else value,
+    "schedule": lambda value: _schedule_of(value) if isinstance(value, dict) else value,
+    "rules": _rules_of,
+    "block": lambda value: tuple(None if side == "all" else side for side in value) if isinstance(value, list) else value,
+}
+"""What a TOML file holds that is no text."""
+
 _READERS: dict[str, Callable[[str], Any]] = {
     "bits": _bits,
     "block": _block,
     "scale": _scale,
+    "rules": _rules,
+    "schedule": _schedule,
     "include": _globs,
     "exclude": _globs,
     "seed": _seed,

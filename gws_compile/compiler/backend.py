@@ -30,7 +30,7 @@ from .compiled_graph import GraphCompiler
 from .diagnostics import Diagnostics, GivenModules
 from .reporting import Reporting
 from .rewriting import Rewriting
-from .saved_state import DRAWS, SavedState
+from .saved_state import DRAWS, SavedState, settings_texts
 from .tracer import trainable_weights
 
 
@@ -51,10 +51,10 @@ class Backend:
         self.config = config
         self._slots = WeightSlots()
         self._registry = WeightRegistry()
-        self._clock = Clock()
+        self._clock = Clock(config.schedule)
         self._diagnostics = Diagnostics(config, self._slots, partial(_given_to, weakref.ref(self)))
         self._rewriting = Rewriting(config, self._diagnostics)
-        self._learned = None if config.learned is None else LearnedWidths(config.learned, config.block)
+        self._learned = None if config.learned is None else LearnedWidths(config.learned, self._scheduled_width)
         self._reporting = Reporting(config, self._rewriting, self._slots, self._clock, self._learned)
         self._compiler = GraphCompiler(config, self._rewriting, self._find_bindings(), self._clock, self._diagnostics)
         if config.resample == "step":
@@ -97,6 +97,10 @@ class Backend:
             )
         rewritten, _ = self._rewriting(gm, example_inputs)
         return self._compiler(gm, rewritten, example_inputs, mode=mode, options=options)
+
+    def _scheduled_width(self) -> float | None:
+        schedule = self.config.schedule
+        return None if schedule is None else schedule.width(self._clock.step)
 
     def _find_bindings(self) -> Callable[[Rewrite], Bindings]:
         """Makes what looks up a graph's further inputs; it has no reference to the backend."""
@@ -180,8 +184,10 @@ class Backend:
             **kwargs: of its keyword arguments.
         """
         if self._learned is not None:
-            for weight, slot, batch_dims in trainable_weights(model, args, kwargs, self.config, self._slots):
-                self._learned.parameters.prepare(weight, slot, batch_dims)
+            for weight, slot, found in trainable_weights(model, args, kwargs, self.config, self._slots):
+                block = found.sampled_as.block
+                if found.sampled_as.learned is not None:
+                    self._learned.parameters.prepare(weight, slot, found.reads[0].batch_dims, block)
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """The backend's own trainable parameters, those of learned bit widths: a weight's name and ``.bits``.
@@ -200,8 +206,11 @@ class Backend:
         return {} if self._learned is None else self._learned.parameters.widths()
 
     def average_bits(self) -> float:
-        """The average bit width over all elements of the sampled weights; the fixed width where it is fixed."""
-        return self.config.bits if self._learned is None else self._learned.average()
+        """The average bit width over all elements of the sampled weights, at the current draw of a schedule.
+
+        With learned widths the average of those; before any weight is known, the backend's own width where it is fixed.
+        """
+        return self._reporting.average_bits() if self._learned is None else self._learned.average()
 
     def plot_bits(self, path: str | Path) -> None:
         """Plot the learned bit widths: a heat map of each weight's blocks, and their histogram over training steps.
@@ -255,14 +264,18 @@ class Backend:
         Returns:
             ``"seed"`` and ``"step"`` (the number of the next forward's draw), ints; ``"fmt"``, the format's
             specification; ``"weights"``, a list of ``[name, shape]`` of the weights that were sampled, whose names,
-            with the seed, are their keys. With learned bit widths also ``"bits"``, their parameters by the weights'
+            with the seed, are their keys; ``"settings"``, each one's format, block and scale by name; ``"rules"``, a
+            list of the rules as text. With learned bit widths also ``"bits"``, their parameters by the weights'
             names, ``"frozen"``, 0 or 1, and ``"steering"``, two scalar tensors, with `LearnedBits.average`.
         """
+        shapes = self._registry.shapes()
         state = {
             "seed": self.config.seed,
             "fmt": self.config.fmt.spec,
             "step": self.draw,
-            "weights": [[name, list(shape)] for name, shape in self._registry.shapes().items()],
+            "weights": [[name, list(shape)] for name, shape in shapes.items()],
+            "settings": settings_texts(self.config, shapes),
+            "rules": [rule.text for rule in self.config.rules],
         }
         return state if self._learned is None else {**state, **self._learned.state_dict()}
 
@@ -276,8 +289,8 @@ class Backend:
                 as learned widths where its own are fixed.
 
         Raises:
-            ValueError: the state is of another seed or format, or of a model whose weights have other shapes; where the
-                weights are not known yet, the last is raised by the first forward. Or something in it is of the wrong
+            ValueError: the state is of another seed or format, of other rules, or of a model whose weights have other
+                shapes; where the weights are not known yet, the last is raised by the first forward. Or something in it is of the wrong
                 kind, shape or range, or not finite.
         """
         saved = SavedState.read(state, self.config)
@@ -300,7 +313,7 @@ class Backend:
         return _unpickle, (type(self), self.config, self.state_dict())
 
     def __repr__(self) -> str:
-        return f"<gws_compile backend: {self.config.fmt}, {self.config.noise}, {len(self.graphs)} graphs>"
+        return f"<gws_compile backend: {self.config.weights.name}, {self.config.noise}, {len(self.graphs)} graphs>"
 
 
 def _given_to(this: weakref.ref[Backend]) -> GivenModules:

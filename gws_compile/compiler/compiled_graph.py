@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ..config import Config, Inner
-from ..passes import Rewrite, reason_of_name
+from ..passes import Rewrite, treatment_of
 from ..passes.bodies import copy_with_bodies
 from ..runtime.binding import Binding, Bindings
 from ..runtime.clock import Clock, DrawState
@@ -103,7 +103,7 @@ class _Forms:
     - The noisy form of a graph that was traced with gradients disabled. The forward of a re-entrant checkpoint, or of
       any ``autograd.Function`` that calls the model again in backward, is called with gradients disabled, as evaluation
       is, and Dynamo cannot tell the two apart. But it is training: it has to see what its second run sees.
-    - One for each way in which ``include`` and ``exclude`` choose among the weights of layers that share the graph.
+    - One for each way in which ``include``, ``exclude`` and ``rules`` treat the weights of layers that share the graph.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class _Forms:
         self._gradients = rewritten.gradients
         self._compiler = compiler
         self._compile = compile
-        self._made: dict[tuple[bool, tuple[str | None, ...]], CompiledGraph] = {}
+        self._made: dict[tuple[bool, tuple[object, ...]], CompiledGraph] = {}
         self._lock = threading.RLock()
 
     def named(self, names: Mapping[str, str]) -> CompiledGraph:
@@ -131,7 +131,7 @@ class _Forms:
 
     def _form(self, names: Mapping[str, str], *, gradients: bool) -> CompiledGraph:
         config = self._compiler.config
-        key = gradients, tuple(reason_of_name(names[weight.source], config) for weight in self._weights)
+        key = gradients, tuple(treatment_of(names[weight.source], config) for weight in self._weights)
         with self._lock:
             if key not in self._made:
                 rewritten = self._compiler.rewriting.again(self._gm, self._weights, names, gradients=gradients)
@@ -164,7 +164,7 @@ class CompiledGraph:
         self._compiler = compiler
         self._clock = compiler.clock
         self._forms = forms
-        may_draw = compiler.config.noise != "none" and any(weight.trainable for weight in rewritten.selected)
+        may_draw = any(w.sampled_as.noise != "none" and w.trainable for w in rewritten.selected)
         self._may_be_noisy = may_draw and not rewritten.gradients
         self._takes_nothing = not rewritten.selected
 

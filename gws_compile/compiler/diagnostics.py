@@ -11,10 +11,11 @@ from torch import nn
 
 from ..config import DEFAULT_EXCLUDE, Config
 from ..numerics.scales import STORAGE
-from ..passes import Weight
+from ..passes import Weight, treatment_of
 from ..report.untraced import is_table, is_untraced
 from ..runtime.sampled_weights import unique_names
 from ..runtime.weight_slots import Slot, WeightSlots
+from ..settings.rules import Rule
 from ..source_names import parameter_path
 from ..warning import GwsWarning
 from ..weight_names import first_match
@@ -65,6 +66,7 @@ class Diagnostics:
         self._any_named = False
         self._covered = False
         self._effective: set[str] = set()
+        self._deciding: set[Rule] = set()
         self._any_rewritten = False
         self._said: set[str] = set()
 
@@ -90,6 +92,8 @@ class Diagnostics:
             own = pattern not in DEFAULT_EXCLUDE
             if own and weights and not self._matching("exclude", pattern, weights):
                 self._say_unmatched("exclude", pattern, weights)
+        for rule in config.rules:
+            self._check_rule(rule, weights)
         if any(w.reason is None for w in weights):
             self._any_rewritten = True
         self._check_precision([w for w in weights if w.reason is None])
@@ -169,7 +173,7 @@ class Diagnostics:
             self._say_nothing_trained()
 
     def _say_nothing_trained(self) -> None:
-        backend = f"{MANY_STEPS} optimizer steps, and this backend ({self._config.fmt}) has compiled"
+        backend = f"{MANY_STEPS} optimizer steps, and this backend ({self._config.weights.name}) has compiled"
         if self._graphs:
             self._say(
                 f"{backend} {self._graphs} graphs, none of which reads a parameter: no weight is trained with noise. "
@@ -215,6 +219,31 @@ class Diagnostics:
                 raise ValueError(message)
             self._say(message)
 
+    def _check_rule(self, rule: Rule, weights: Sequence[Weight]) -> None:
+        """Say of a rule that decides nothing what is in its way, as far as the names of weights are known."""
+        if not weights or rule in self._deciding:
+            return
+        self._slots.see_caller()
+        names = list(dict.fromkeys([*(w.name for w in weights), *(slot.path for slot in self._slots)]))
+        matching = {name: treatment_of(name, self._config) for name in names if rule.matches(name)}
+        others = []
+        for name, (reason, _) in matching.items():
+            first = self._config.rule_of(name)
+            if first is not rule:
+                others.append(f"{name}: the rule {first.text!r} comes first" if first else name)
+            elif reason is not None and rule.settings is not None:
+                others.append(f"{name}: {reason}")
+            else:
+                self._deciding.add(rule)
+                return
+        known = f"the weights that are known are: {_listed(names)}"
+        self._say_once(f"rule {rule.text}", f"the rule {rule.text!r} decides nothing: {_listed(others, '; ') or known}")
+
+    def _say_once(self, what: str, message: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            self._say(message)
+
     def _check_names(self, weights: Sequence[Weight]) -> None:
         for weight in weights:
             if weight.name == weight.source and parameter_path(weight.source) is None:
@@ -225,9 +254,8 @@ class Diagnostics:
                 )
 
     def _check_precision(self, weights: Sequence[Weight]) -> None:
-        fmt = self._config.fmt
-        for dtype in dict.fromkeys(w.dtype for w in weights):
-            if self._config.noise != "none" and fmt.mantissa_bits > STORAGE[dtype][1]:
+        for fmt, noise, dtype in dict.fromkeys((w.sampled_as.fmt, w.sampled_as.noise, w.dtype) for w in weights):
+            if noise != "none" and fmt.mantissa_bits > STORAGE[dtype][1]:
                 name = str(dtype).removeprefix("torch.")
                 self._say(
                     f"fmt={fmt.name!r} has {fmt.mantissa_bits} mantissa bits, but the weights are {name}, which holds "
@@ -249,9 +277,7 @@ class Diagnostics:
             return
         names = ", ".join(w.name for w in weights[:8]) + (", ..." if len(weights) > 8 else "")
         message = f"{setting}={pattern!r} has matched no weight so far; the weights of this graph are: {names}"
-        if f"{setting}={pattern}" not in self._said:
-            self._said.add(f"{setting}={pattern}")
-            self._say(message)
+        self._say_once(f"{setting}={pattern}", message)
 
     def _say(self, message: str) -> None:
         if message not in self._said:

@@ -10,6 +10,7 @@ import torch
 from ..config import Config
 from ..learned_bits.learned_widths import LearnedWidths
 from ..learned_bits.summary import average_width
+from ..passes import Weight
 from ..report.histograms import Histogram, histogram
 from ..report.measure import measure
 from ..report.metrics import Metrics
@@ -70,11 +71,16 @@ class Reporting:
         for slot in listed:
             known = [weight for weight in slot.graphs if id(weight) in records]
             met.update(map(id, known))
-            yield from (replace(records[id(weight)], name=names[slot]) for weight in known)
+            yield from (self._as_now(weight, records[id(weight)], names[slot]) for weight in known)
             if not slot.graphs and (slot.dtype.is_floating_point or slot.dtype.is_complex):
                 yield untraced_record(slot, names[slot], self._config)
         # Of graphs that have not been called.
         yield from (record for weight, record in self._rewriting.records if id(weight) not in met)
+
+    def _as_now(self, weight: Weight, record: WeightRecord, name: str) -> WeightRecord:
+        """A record under the weight's own name, with its bit width at this draw."""
+        bits = None if record.bits is None else self._config.bits_at(self._clock.step, weight.settings)
+        return replace(record, name=name, bits=bits)
 
     def histograms(self, count: int) -> list[Histogram]:
         """Of so many of the sampled weights that are alive, evenly spread."""
@@ -88,15 +94,25 @@ class Reporting:
         state = self._state()
         with torch.no_grad():
             measured = [measure(weight, *self._width_of(weight), state) for weight in sampled_weights(self._slots)]
-        return Metrics(measured, state.step)
+        return Metrics(measured, state.draw.step)
+
+    def average_bits(self) -> float:
+        """The average bit width over all elements of the sampled weights, where none is learned."""
+        widths = [(self._fixed_width(w), w.value.numel()) for w in sampled_weights(self._slots) if w.noisy]
+        if not widths:
+            return self._config.bits_at(self._clock.step)
+        return sum(width * n for width, n in widths) / sum(n for _, n in widths)
+
+    def _fixed_width(self, weight: SampledWeight) -> float:
+        return self._config.bits_at(self._clock.step, weight.settings)
 
     def _state(self) -> SamplingState:
-        return SamplingState(self._config, self._clock.step, self._clock.frozen)
+        return SamplingState(self._config, self._clock.state)
 
     def _width_of(self, weight: SampledWeight) -> tuple[torch.Tensor | None, float]:
         """The width parameter of a weight, None where widths are fixed, and its average bit width."""
-        if self._learned is None:
-            return None, self._config.bits
+        if self._learned is None or weight.settings.learned is None:
+            return None, self._fixed_width(weight)
         rule = self._learned.parameters.rule
         found = self._learned.parameters.find(weight.slot)
         if found is None:  # none yet: b_i starts at 1, where the width is `LearnedBits.init`

@@ -12,7 +12,7 @@ from torch import fx
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..config import Config
-from ..passes import Rewrite, Weight, reason_of_name, rewrite
+from ..passes import Rewrite, Weight, rewrite, treatment_of
 from ..report.collect import graph_record, weight_record
 from ..report.records import GraphRecord, WeightRecord
 from ..runtime.trace_names import TracedWeight, called_weights, traced_weights
@@ -107,13 +107,13 @@ class Rewriting:
 
         Returns:
             None where it does; else, by source, the names by which it would have been rewritten another way, since
-            ``include`` and ``exclude`` choose by name.
+            ``include``, ``exclude`` and ``rules`` choose by name.
         """
         called = called_weights(tensors)
         names = {w.source: w.name if one is None else one.name for w, one in zip(weights, called, strict=True)}
         read = [weight for weight in weights if weight.reads]
-        before = [reason_of_name(weight.name, self._config) for weight in read]
-        return None if before == [reason_of_name(names[weight.source], self._config) for weight in read] else names
+        before = [treatment_of(weight.name, self._config) for weight in read]
+        return None if before == [treatment_of(names[weight.source], self._config) for weight in read] else names
 
     def _keep(self, number: int, gm: fx.GraphModule, rewritten: Rewrite, records: list[WeightRecord]) -> None:
         before = gm.print_readable(print_output=False)  # the graph itself goes when it is compiled

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeGuard
@@ -11,10 +11,13 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 
-from ..config import Config, LearnedBits
-from ..numerics.blocks import matrix_shape
+from ..config import Config
+from ..numerics.blocks import Block, matrix_shape
 from ..numerics.widths import parameter_shape
+from ..settings.learned_bits import LearnedBits
+from ..settings.weight_settings import WeightSettings
 from ..torch_internals.modes import plain_tensors
+from ..weight_names import without_number, without_stage
 
 DRAWS = 2**32
 """How many draws there are: a draw's number enters the noise as 32 bits, so the one behind the last is draw 0 again."""
@@ -59,7 +62,7 @@ class SavedState:
         An int may also be a 0-d tensor or an integer of numpy, which checkpoints make of it.
 
         Raises:
-            ValueError: it is no state, or not one of this seed and format, or a value in it is of the wrong kind, out
+            ValueError: it is no state, or not one of this seed, format and these rules, or a value in it is of the wrong kind, out
                 of range, not finite, or of a shape that no such weight has. The message names key and value, and what
                 is accepted.
         """
@@ -78,7 +81,46 @@ class SavedState:
         if step is None or not 0 <= step < DRAWS:
             raise _refusal("step", "an int in 0 .. 2**32 - 1", raw["step"])
         shapes = _shapes(raw["weights"])
-        return cls(step, shapes, None if learned is None else _widths(raw, shapes, learned, config.block))
+        _check_rules(raw, config)
+        if learned is None:
+            return cls(step, shapes, None)
+        of_weights = {name: _settings_of(name, config) for name in shapes}
+        blocks = {
+            name: settings.block
+            for name, settings in of_weights.items()
+            if settings is not None and settings.learned is not None
+        }
+        return cls(step, shapes, _widths(raw, {name: shapes[name] for name in blocks}, learned, blocks))
+
+
+def settings_texts(config: Config, names: Iterable[str]) -> dict[str, str]:
+    """Format, block and scale of weights by their unique names."""
+    found = {name: _settings_of(name, config) for name in names}
+    return {name: settings.grid_text for name, settings in found.items() if settings is not None}
+
+
+def _settings_of(unique_name: str, config: Config) -> WeightSettings | None:
+    return config.settings_of(without_stage(without_number(unique_name)))
+
+
+def _check_rules(raw: Mapping[str, Any], config: Config) -> None:
+    """Hold a state to the rules, and to what became of the weights by them; one of an older version has neither."""
+    if "rules" in raw:
+        saved, own = raw["rules"], [rule.text for rule in config.rules]
+        if not isinstance(saved, (list, tuple)) or not all(isinstance(rule, str) for rule in saved):
+            raise _refusal("rules", "a list of texts", saved)
+        if list(saved) != own:
+            raise ValueError(f"the state was saved with rules={_shown(list(saved))}, this backend has {_shown(own)}")
+    settings = raw.get("settings", {})
+    if not isinstance(settings, Mapping):
+        raise _refusal("settings", "a mapping of weight names to texts", settings)
+    own_texts = settings_texts(config, (name for name in settings if isinstance(name, str)))
+    for name, text in settings.items():
+        if own_texts.get(name) != text:
+            raise ValueError(
+                f"the state was saved with {name} in {_shown(text)} (format, block, scale), this backend has "
+                f"{own_texts.get(name, 'left it alone')!r}"
+            )
 
 
 def _check_origin(key: str, raw: object, value: object, own: object) -> None:
@@ -109,9 +151,12 @@ def _shapes(raw: object) -> dict[str, tuple[int, ...]]:
 
 
 def _widths(
-    raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], learned: LearnedBits, block: tuple[int, int]
+    raw: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    learned: LearnedBits,
+    blocks: Mapping[str, Block],
 ) -> SavedWidths:
-    """The learned widths of a state."""
+    """The learned widths of a state; ``shapes`` and ``blocks`` are those of the weights that have some."""
     bits = raw["bits"]
     if not isinstance(bits, Mapping):
         raise _refusal("bits", "a mapping of weight names to float32 tensors", bits)
@@ -127,7 +172,7 @@ def _widths(
     for name, shape in shapes.items():
         # How many leading dims count matrices is said by the graph that reads the weight.
         accepted = {
-            parameter_shape(*matrix_shape(shape, dims), block, learned.granularity) for dims in range(len(shape) - 1)
+            parameter_shape(*matrix_shape(shape, dims), blocks[name], learned.granularity) for dims in range(len(shape) - 1)
         }
         if tuple(read[name].shape) not in accepted:
             raise ValueError(

@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from ..config import Config
 from ..learned_bits.learned_widths import LearnedWidths
+from ..passes import Weight
 from ..passes.bodies import copy_with_bodies
 from ..report.records import GraphBreak
 from ..report.report import Report
@@ -33,17 +34,17 @@ class Tracer:
 
     Attributes:
         slots: the weights that came in, and those of the modules that were called.
-        found: those that get noise, with `gws_compile.numerics.blocks.matrix_shape`'s ``batch_dims``.
+        found: those that are trained, with what the first graph that samples them knows of them.
     """
 
     __name__ = "gws"
 
     def __init__(self, config: Config) -> None:
         self.slots = WeightSlots()
-        self.found: dict[Slot, int] = {}
+        self.found: dict[Slot, Weight] = {}
         self._rewriting = Rewriting(config, Diagnostics(config, self.slots))
-        learned = None if config.learned is None else LearnedWidths(config.learned, config.block)
-        self._reporting = Reporting(config, self._rewriting, self.slots, Clock(), learned)
+        learned = None if config.learned is None else LearnedWidths(config.learned)
+        self._reporting = Reporting(config, self._rewriting, self.slots, Clock(config.schedule), learned)
         self._left: list[GraphBreak] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -60,7 +61,7 @@ class Tracer:
             for weight, slot in zip(here.weights, slots, strict=True):
                 slot.add(weight)
                 if weight.reason is None and weight.trainable:
-                    self.found.setdefault(slot, weight.reads[0].batch_dims)
+                    self.found.setdefault(slot, weight)
             return gm.forward(*args)
 
         return forward
@@ -110,8 +111,8 @@ def explained(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
 
 def trainable_weights(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: Config, slots: WeightSlots
-) -> list[tuple[torch.Tensor, Slot, int]]:
-    """The weights of a model that get noise: Parameter, place, and ``batch_dims`` of `numerics.blocks.matrix_shape`.
+) -> list[tuple[torch.Tensor, Slot, Weight]]:
+    """The weights of a model that are trained and sampled: Parameter, place, and what a graph knows of it.
 
     The model is traced on fake tensors: nothing is computed and nothing changes. Graph breaks are followed.
 
@@ -141,7 +142,7 @@ def trainable_weights(
     fake_args, fake_kwargs = map_tensors(fake, (args, kwargs))
     with torch.random.fork_rng(), torch.enable_grad(), tracer.instead_of_others(), mode:
         functional_call(compiled, fakes, fake_args, fake_kwargs)
-    found = {slot.place(): dims for slot, dims in tracer.found.items()}
+    found = {slot.place(): weight for slot, weight in tracer.found.items()}
     prepared = []
     for slot in slots.of_module(model):
         weight = slot.tensor()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..numerics.blocks import matrix_shape
+from ..numerics.blocks import clamped, matrix_shape
 from ..numerics.shards import ShardRange
 from ..numerics.widths import parameter_shape
 from ..passes import LearnedInput
@@ -31,7 +31,6 @@ class BoundWidth:
         found: b_i, of the whole weight, as it was when the graph was first called with the weight.
         groups: the process groups among which the weight is sharded.
         given: what the graph knows of the weight.
-        block: the block shape.
     """
 
     parameters: WidthParameters
@@ -39,7 +38,6 @@ class BoundWidth:
     found: nn.Parameter
     groups: tuple[Any, ...]
     given: LearnedInput
-    block: tuple[int, int]
 
     def tensor(self) -> torch.Tensor:
         """The parameter; of a sharded weight, this rank's part, a view."""
@@ -50,18 +48,19 @@ class BoundWidth:
         if shard is None:
             return parameter
         shared: torch.Tensor = SumOverShards.apply(parameter, self.groups)  # type: ignore[no-untyped-call]
-        return shared if parameter.ndim == 0 else _part(shared, shard, self.given.batch_dims, self.block)
+        return shared if parameter.ndim == 0 else _part(shared, shard, self.given)
 
 
-def _part(whole: torch.Tensor, shard: ShardRange, batch_dims: int, block: tuple[int, int]) -> torch.Tensor:
+def _part(whole: torch.Tensor, shard: ShardRange, given: LearnedInput) -> torch.Tensor:
     """The blocks of a shard.
 
     Args:
         whole: b_i of the blocks of the whole weight, see `gws_compile.numerics.widths.parameter_shape`.
         shard: the part of the weight.
-        batch_dims: see `gws_compile.numerics.blocks.matrix_shape`.
-        block: the block shape.
+        given: what the graph knows of the weight.
     """
+    batch_dims = given.batch_dims
+    block = clamped(given.block, *matrix_shape(shard.whole, batch_dims)[1:])
     part = whole.view(*shard.whole[:batch_dims], *whole.shape[-2:])
     for dim in range(batch_dims):
         part = part.narrow(dim, shard.offset[dim], shard.local[dim])
@@ -100,8 +99,8 @@ class WidthFinder:
     def _find(self, weight: torch.Tensor, slot: Slot, noisy: bool, given: LearnedInput) -> BoundWidth:
         if noisy:
             self._registry.register([slot])
-            parameter = self._parameters.parameter(weight, slot, given.batch_dims)
+            parameter = self._parameters.parameter(weight, slot, given.batch_dims, given.block)
         else:
-            parameter = self._parameters.evaluated(weight, slot, given.batch_dims)
+            parameter = self._parameters.evaluated(weight, slot, given.batch_dims, given.block)
         groups = distributed.shard_groups(weight)
-        return BoundWidth(self._parameters, slot, parameter, groups, given, self._parameters.block)
+        return BoundWidth(self._parameters, slot, parameter, groups, given)

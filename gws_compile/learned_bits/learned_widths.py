@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..config import LearnedBits
+from ..settings.learned_bits import LearnedBits
 from ..warning import GwsWarning
 from .average_constraint import AverageConstraint
 from .history import WidthHistory
@@ -24,14 +24,20 @@ _PATIENCE = 10
 class LearnedWidths:
     """The learned widths of one backend.
 
+    Args:
+        settings: those of the widths.
+        scheduled: what a schedule says at this draw of the average or target that `loss` leads to; None where there is
+            none, or it says nothing.
+
     Attributes:
         parameters: the width parameters.
         history: how the widths moved.
         constraint: the multiplier that leads to `LearnedBits.average`; None without.
     """
 
-    def __init__(self, settings: LearnedBits, block: tuple[int, int]) -> None:
-        self.parameters = WidthParameters(settings, block)
+    def __init__(self, settings: LearnedBits, scheduled: Callable[[], float | None] = lambda: None) -> None:
+        self.parameters = WidthParameters(settings)
+        self._scheduled = scheduled
         self.history = WidthHistory(self.parameters.rule.min, self.parameters.rule.max)
         self.constraint = None if settings.average is None else AverageConstraint(settings.average)
         self._followed: set[str] = set()
@@ -54,8 +60,14 @@ class LearnedWidths:
         """See `gws_compile.Backend.bit_loss`."""
         if weighting not in ("weight", "size"):
             raise ValueError(f"weighting must be 'weight' or 'size', got {weighting!r}")
+        wanted = self._scheduled()
         if self.constraint is None:
-            return distance_from_target(self.parameters.by_name.values(), self.parameters.rule, weighting)
+            rule = self.parameters.rule
+            return distance_from_target(
+                self.parameters.by_name.values(), rule, weighting, rule.target if wanted is None else wanted
+            )
+        if wanted is not None:
+            self.constraint.target = wanted
         widths, shares = self._widths_and_shares()
         return self.constraint.loss((widths * shares).sum())
 

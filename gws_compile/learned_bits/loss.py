@@ -30,13 +30,16 @@ def widths_and_shares(weights: Collection[WeightWidths], rule: WidthRule) -> tup
     return widths, elements / elements.sum()
 
 
-def distance_from_target(weights: Collection[WeightWidths], rule: WidthRule, weighting: str) -> torch.Tensor:
+def distance_from_target(
+    weights: Collection[WeightWidths], rule: WidthRule, weighting: str, target: float
+) -> torch.Tensor:
     """The mean of ``|b - target|`` over each weight's blocks, averaged over the weights; a float32 scalar.
 
     Args:
         weights: at least one.
         rule: of the widths.
         weighting: ``"weight"``, all weights alike, or ``"size"``, by their number of elements.
+        target: `LearnedBits.target`, or what a schedule says in its place.
     """
     widths, _ = widths_and_shares(weights, rule)
     counts = [weight.parameter.numel() for weight in weights]
@@ -46,7 +49,7 @@ def distance_from_target(weights: Collection[WeightWidths], rule: WidthRule, wei
         sizes = [weight.elements.sum().to(widths.device) for weight in weights]
         total = torch.stack(sizes).sum()
         each = [(size / (total * n)).expand(n) for size, n in zip(sizes, counts, strict=True)]
-    return ((widths - rule.target).abs() * torch.cat(each)).sum()
+    return ((widths - target).abs() * torch.cat(each)).sum()
 
 
 class _Widths(torch.autograd.Function):

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import LearnedBits
-from ..numerics.blocks import matrix_shape
+from ..numerics.blocks import Block, clamped, matrix_shape
 from ..numerics.widths import parameter_shape
 from ..runtime.weight_slots import Slot
+from ..settings.learned_bits import LearnedBits
 from ..torch_internals.modes import plain_tensors
 from ..weight_names import first_free, without_number
 from .gradient_sync import GradientSync
@@ -45,14 +45,12 @@ class WidthParameters:
 
     Attributes:
         rule: how a parameter becomes a width.
-        block: block shape.
         by_name: the widths there are so far: of prepared weights and of weights seen in a forward.
         frozen: the widths are fixed.
     """
 
-    def __init__(self, settings: LearnedBits, block: tuple[int, int]) -> None:
+    def __init__(self, settings: LearnedBits) -> None:
         self.rule = settings.rule
-        self.block = block
         self.by_name: dict[str, WeightWidths] = {}
         self.frozen = False
         self._granularity = settings.granularity
@@ -60,23 +58,24 @@ class WidthParameters:
         self._loaded: dict[str, torch.Tensor] = {}
         self._sync = GradientSync()
 
-    def prepare(self, weight: torch.Tensor, slot: Slot, batch_dims: int) -> None:
+    def prepare(self, weight: torch.Tensor, slot: Slot, batch_dims: int, block: Block) -> None:
         """Make the widths of a weight, if it has none.
 
         Args:
             weight: the Parameter; one on the meta device has its widths on the CPU until it comes from another device.
             slot: its place. Another weight that has its name already makes it ``name#1``, ``name#2``, ...
             batch_dims: see `gws_compile.numerics.blocks.matrix_shape`.
+            block: shape of its blocks.
         """
         if slot not in self._prepared:
             self._prepared[slot] = unique = slot.name or first_free(slot.path, self._taken())
-            self._get_or_make(unique, weight, slot, batch_dims)
+            self._get_or_make(unique, weight, slot, batch_dims, block)
 
     def _taken(self) -> set[str]:
         """The names that a weight which comes to be trained or prepared cannot have."""
         return {name for name, widths in self.by_name.items() if not widths.only_evaluated}
 
-    def evaluated(self, weight: torch.Tensor, slot: Slot, batch_dims: int) -> nn.Parameter:
+    def evaluated(self, weight: torch.Tensor, slot: Slot, batch_dims: int, block: Block) -> nn.Parameter:
         """The b_i of a weight that is evaluated.
 
         Evaluation gives no name: an average of the weights that is evaluated before the model's first training step is
@@ -87,12 +86,13 @@ class WidthParameters:
             weight: as it comes into a graph.
             slot: its place.
             batch_dims: see `gws_compile.numerics.blocks.matrix_shape`.
+            block: shape of its blocks.
 
         Raises:
             ValueError: the widths of a loaded state are of a weight, or of blocks, of another shape.
         """
         if slot.name is not None or slot in self._prepared:
-            return self.parameter(weight, slot, batch_dims)
+            return self.parameter(weight, slot, batch_dims, block)
         own = self.find(slot)
         if own is not None:
             return own.parameter
@@ -102,17 +102,18 @@ class WidthParameters:
         if original is not None:
             return original
         name = name or first_free(slot.path, self.by_name)
-        parameter = self._get_or_make(name, weight, slot, batch_dims).parameter
+        parameter = self._get_or_make(name, weight, slot, batch_dims, block).parameter
         self.by_name[name].only_evaluated = True
         return parameter
 
-    def parameter(self, weight: torch.Tensor, slot: Slot, batch_dims: int) -> nn.Parameter:
+    def parameter(self, weight: torch.Tensor, slot: Slot, batch_dims: int, block: Block) -> nn.Parameter:
         """The b_i of a weight that is trained, or prepared.
 
         Args:
             weight: as it comes into a graph.
             slot: its place, which has a name.
             batch_dims: see `gws_compile.numerics.blocks.matrix_shape`.
+            block: shape of its blocks.
 
         Raises:
             ValueError: the widths that there are under this name are of a weight, or of blocks, of another shape.
@@ -129,7 +130,7 @@ class WidthParameters:
             elif known.slot is not None:
                 # Prepared for another weight, which is there and has not been used yet.
                 self._prepared[slot] = name = first_free(slot.path, self.by_name)
-        widths = self._get_or_make(name, weight, slot, batch_dims)
+        widths = self._get_or_make(name, weight, slot, batch_dims, block)
         self._sync.watch(name, widths.parameter, slot.groups)
         if widths.parameter.device != weight.device and not weight.is_meta:
             with plain_tensors():
@@ -137,7 +138,9 @@ class WidthParameters:
                 widths.elements = widths.elements.to(weight.device)
         return widths.parameter
 
-    def _get_or_make(self, name: str, weight: torch.Tensor, slot: Slot, batch_dims: int) -> WeightWidths:
+    def _get_or_make(
+        self, name: str, weight: torch.Tensor, slot: Slot, batch_dims: int, block: Block
+    ) -> WeightWidths:
         known = self.by_name.get(name)
         shape = tuple(weight.shape)
         if known is not None:
@@ -147,7 +150,7 @@ class WidthParameters:
             return known
         self._forget_gone(slot)
         matrices, rows, cols = matrix_shape(shape, batch_dims)
-        sizes = parameter_shape(matrices, rows, cols, self.block, self._granularity)
+        sizes = parameter_shape(matrices, rows, cols, block, self._granularity)
         start = (self.rule.init - self.rule.target) / self.rule.slope  # 1, up to float32
         device = torch.device("cpu") if weight.is_meta else weight.device
         original = self.original(slot)
@@ -157,9 +160,9 @@ class WidthParameters:
                 _copy(name, parameter, value)
             elif original is not None and original.shape == parameter.shape:
                 parameter.copy_(original)
-            elements = _elements(matrices, rows, cols, self.block, sizes).to(device)
+            elements = _elements(matrices, rows, cols, clamped(block, rows, cols), sizes).to(device)
         parameter.requires_grad_(not self.frozen)
-        blocks = math.prod(parameter_shape(matrices, rows, cols, self.block, "block"))
+        blocks = math.prod(parameter_shape(matrices, rows, cols, block, "block"))
         made = self.by_name[name] = WeightWidths(parameter, shape, elements, blocks, slot)
         self._loaded.pop(name, None)  # not before: widths of another shape are refused at every call
         return made

@@ -8,16 +8,46 @@ from collections.abc import Sequence
 import torch
 
 
-def check_block(block: object) -> tuple[int, int]:
-    """A block shape as two positive ints.
+Block = tuple[int | None, int | None]
+"""Rows and columns of a block; None for all of a matrix."""
+
+
+def check_block(block: object) -> Block:
+    """A block shape as two positive ints, or None for a side as long as the matrix.
 
     Raises:
         ValueError: anything else.
     """
     sides = tuple(block) if isinstance(block, (tuple, list)) else ()
-    if len(sides) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sides):
-        raise ValueError(f"block must be two positive ints (rows, columns), such as (32, 32), got {block!r}")
+    if len(sides) != 2 or not all(map(_is_side, sides)):
+        raise ValueError(
+            "block must be two positive ints (rows, columns), such as (32, 32), or None for a whole side: (1, None) is "
+            f"a row, (None, None) the whole matrix; got {block!r}"
+        )
     return sides[0], sides[1]
+
+
+def _is_side(side: object) -> bool:
+    return side is None or (isinstance(side, int) and not isinstance(side, bool) and side > 0)
+
+
+def block_argument(block: Block) -> list[int]:
+    """A block shape as the operators take it: 0 for None."""
+    return [side or 0 for side in block]
+
+
+def clamped(block: Sequence[int | None], rows: int, cols: int) -> tuple[int, int]:
+    """The sides of a matrix's blocks: none is longer than the matrix; None and 0 are as long."""
+    return _clamped(block[0], rows), _clamped(block[1], cols)
+
+
+def _clamped(side: int | None, size: int) -> int:
+    if not side:
+        return size
+    try:
+        return min(side, size)
+    except TypeError:  # a symbolic size, of which nothing is known
+        return side
 
 
 def matrix_shape(shape: Sequence[int], batch_dims: int) -> tuple[int, int, int]:
@@ -31,7 +61,12 @@ def matrix_shape(shape: Sequence[int], batch_dims: int) -> tuple[int, int, int]:
     return math.prod(shape[:batch_dims]), shape[batch_dims], math.prod(shape[batch_dims + 1 :])
 
 
-def block_maximum(w: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+def matrix_maximum(w: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude of each matrix over what is finite, float32, (matrices,); ``w`` as of `block_maximum`."""
+    return torch.where(w.isfinite(), w.abs(), 0.0).amax(dim=(1, 2))
+
+
+def block_maximum(w: torch.Tensor, block: Sequence[int | None]) -> torch.Tensor:
     """Largest magnitude of each block.
 
     Args:
@@ -39,9 +74,9 @@ def block_maximum(w: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
         block: block shape; sizes that are no multiple of it end in partial blocks.
 
     Returns:
-        float32, (matrices, ceil(rows / block[0]), ceil(columns / block[1])); NaN where the block has one.
+        float32, (matrices, block rows, block columns); NaN where the block has one.
     """
-    (rows, cols), (br, bc) = w.shape[1:], block
+    (rows, cols), (br, bc) = w.shape[1:], clamped(block, *w.shape[1:])
     w = torch.nn.functional.pad(w.abs(), (0, -cols % bc, 0, -rows % br))
     return w.view(w.shape[0], w.shape[1] // br, br, w.shape[2] // bc, bc).amax(dim=(2, 4))
 
@@ -49,9 +84,10 @@ def block_maximum(w: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
 class Blocks:
     """The blocks of a weight."""
 
-    def __init__(self, w: torch.Tensor, batch_dims: int, block: tuple[int, int]) -> None:
+    def __init__(self, w: torch.Tensor, batch_dims: int, block: Sequence[int | None]) -> None:
         self.shape = matrix_shape(w.shape, batch_dims)
         _, rows, cols = self.shape
+        block = clamped(block, rows, cols)
         self._rows = torch.arange(rows, device=w.device) // block[0]
         self._cols = torch.arange(cols, device=w.device) // block[1]
         self._block = block
@@ -64,6 +100,10 @@ class Blocks:
     def expand(self, x: object) -> torch.Tensor:
         """A value of each block, (matrices, block rows, block columns), at every element; a number as it is."""
         return x[:, self._rows[:, None], self._cols] if isinstance(x, torch.Tensor) else x  # type: ignore[return-value]
+
+    def by_matrix(self, x: torch.Tensor) -> torch.Tensor:
+        """A value of each matrix, as one of each block."""
+        return x.reshape(-1, 1, 1)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Sum of (matrices, rows, columns) over each block."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import torch
 
+from .elements import ElementFormat
 from .float32 import EXPONENT, MAGNITUDE, NAN, SIGN, bits_float32, float32_bits
-from .formats import FloatFormat
+from .integers import IntFormat
 from .primitives import Primitives, Value, wrap_int32
 from .scales import STORAGE
 
 
-def largest_value(fmt: FloatFormat, scale: str | None, dtype: torch.dtype) -> float:
+def largest_value(fmt: ElementFormat, scale: str | None, dtype: torch.dtype) -> float:
     """Where ``|y| / X`` saturates: the format's maximum, or what the weight's dtype can hold of it."""
     emax, mantissa_bits = STORAGE[dtype]
     drop = max(fmt.mantissa_bits - mantissa_bits, 0)
@@ -31,7 +32,7 @@ def cast(
     y: Value,
     inverse: Value | None,
     x: Value | None,
-    fmt: FloatFormat,
+    fmt: ElementFormat,
     scale: str | None,
     dtype: torch.dtype,
 ) -> Value:
@@ -53,7 +54,7 @@ def cast(
     magnitude = p.iand(q, MAGNITUDE)
     largest = float32_bits(largest_value(fmt, scale, dtype))
     if fmt.scaled:
-        rounded = _round_scaled(p, p.imin(magnitude, largest), fmt)
+        rounded = round_scaled(p, p.imin(magnitude, largest), fmt)
     else:
         rounded = p.imin(_round_wide(p, magnitude, fmt.mantissa_bits), largest)
     if x is None:
@@ -63,15 +64,18 @@ def cast(
     return p.fmul(signed, x)
 
 
-def _round_scaled(p: Primitives, magnitude: Value, fmt: FloatFormat) -> Value:
+def round_scaled(p: Primitives, magnitude: Value, fmt: ElementFormat) -> Value:
     """Round the bits of ``|y| / X``: adding and subtracting ``c = 2**(e + 23 - M)`` leaves M bits behind exponent e.
 
     ``e`` is that of the value, not below the format's smallest normal exponent. Both sums stay below ``2 c`` because
-    ``M <= 22``; the value comes saturated, so ``c`` does not overflow.
+    ``M <= 22``; the value comes saturated, so ``c`` does not overflow. For an integer format it is ``2**23`` throughout.
     """
     m = fmt.mantissa_bits
     smallest = float32_bits(fmt.min_normal)
-    if m == 23:  # float32's own precision: only what lies below the smallest normal value is rounded
+    c: Value
+    if isinstance(fmt, IntFormat):
+        c = 2.0**23
+    elif m == 23:  # float32's own precision: only what lies below the smallest normal value is rounded
         c = p.fselect(p.ilt(magnitude, smallest), fmt.min_normal, 0.0)
     else:
         # A product by a power of two: exact, and a GPU makes one instruction of it and the addition behind it.

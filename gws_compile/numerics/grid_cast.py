@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 
 from .cast import largest_value
+from .elements import ElementFormat
 from .float32 import EXPONENT, MAGNITUDE, SIGN, float32_bits, nearest_float32
-from .formats import FloatFormat
 from .primitives import Primitives, Value
-from .scales import broken_block, scale_bits
+from .scales import amax_scale, broken_block, scale_bits
 from .widths import WidthRule
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What the cast of an element needs to know of its block: int32 values."""
+    """What the cast of an element needs to know of its block: int32 values.
+
+    Attributes:
+        x: bits of the block scale X.
+        largest: bits of the largest ``|y| / X``.
+        smallest: bits of the smallest normal ``|y| / X``.
+        shift: what is added to the bits of a power of two for the constant that rounds in its binade.
+        inverse: bits of 1 / X; None where X is a power of two, whose bits say those of its reciprocal.
+    """
 
     x: Value
     largest: Value
     smallest: Value
     shift: Value
-
-    def map(self, function: object) -> Grid:
-        """The same of each field."""
-        assert callable(function)
-        return Grid(*(function(getattr(self, name)) for name in ("x", "largest", "smallest", "shift")))
+    inverse: Value | None = None
 
 
 def block_grid(
@@ -34,7 +38,7 @@ def block_grid(
     b: Value,
     amax: Value,
     drawing: Value | None,
-    fmt: FloatFormat,
+    fmt: ElementFormat,
     rule: WidthRule,
     scale: str | None,
     dtype: torch.dtype,
@@ -60,13 +64,16 @@ def block_grid(
         chosen = _select(p, beyond, chosen, grid)
     if drawing is not None:
         chosen = _select(p, p.ilt(drawing, 0), _grid(p, amax, fmt, scale, dtype), chosen)
-    return Grid(broken_block(p, amax, chosen.x), chosen.largest, chosen.smallest, chosen.shift)
+    return replace(chosen, x=broken_block(p, amax, chosen.x))
 
 
 def _select(p: Primitives, mask: Value, x: Grid, y: Grid) -> Grid:
-    pairs = ((x.x, y.x), (x.largest, y.largest), (x.smallest, y.smallest), (x.shift, y.shift))
-    same = [isinstance(a, int) and isinstance(b, int) and a == b for a, b in pairs]
-    return Grid(*(a if equal else p.iselect(mask, a, b) for equal, (a, b) in zip(same, pairs, strict=True)))
+    def select(a: Value, b: Value) -> Value:
+        if a is None or (isinstance(a, int) and isinstance(b, int) and a == b):
+            return a
+        return p.iselect(mask, a, b)
+
+    return Grid(*(select(getattr(x, field.name), getattr(y, field.name)) for field in fields(Grid)))
 
 
 # A format with 8 exponent bits has no scale, but `cast_to_grid` computes with one: the block maximum goes to 2**100,
@@ -74,9 +81,15 @@ def _select(p: Primitives, mask: Value, x: Grid, y: Grid) -> Grid:
 _WIDE_EXPONENT = 100
 
 
-def _grid(p: Primitives, amax: Value, fmt: FloatFormat, scale: str | None, dtype: torch.dtype) -> Grid:
+def _grid(p: Primitives, amax: Value, fmt: ElementFormat, scale: str | None, dtype: torch.dtype) -> Grid:
     shift = (23 - fmt.mantissa_bits) << 23
     largest = float32_bits(largest_value(fmt, scale, dtype))
+    exact = scale == "amax"
+    if fmt.scaled and exact:
+        inverse, scale_x = amax_scale(p, amax, fmt, dtype)
+        return Grid(
+            p.float_bits(scale_x), largest, float32_bits(fmt.min_normal), shift, inverse=p.float_bits(inverse)
+        )
     if fmt.scaled:
         x = scale_bits(p, amax, fmt, scale, dtype) if scale is not None else 127 << 23
         return Grid(x, largest, float32_bits(fmt.min_normal), shift)
@@ -89,12 +102,12 @@ def _grid(p: Primitives, amax: Value, fmt: FloatFormat, scale: str | None, dtype
     over = p.isub(p.imax(x, lowest << 23), lowest << 23)
     largest_scaled = p.isub(largest + ((127 - lowest) << 23), over)
     smallest = p.imax(p.isub((fmt.emin + 127 + 127) << 23, x), 1 << 23)
-    return Grid(x, largest_scaled, smallest, shift)
+    return Grid(x, largest_scaled, smallest, shift, inverse=p.isub(254 << 23, x) if exact else None)
 
 
 def cast_to_grid(p: Primitives, y: Value, grid: Grid) -> Value:
     """`cast` with the grid as operands: float32 on the grid, NaN where the block is broken."""
-    inverse = p.bits_float(p.isub(254 << 23, grid.x))
+    inverse = p.bits_float(p.isub(254 << 23, grid.x) if grid.inverse is None else grid.inverse)
     q = p.float_bits(p.fmul(y, inverse))
     magnitude = p.imin(p.iand(q, MAGNITUDE), grid.largest)
     exponent = p.imax(p.iand(magnitude, EXPONENT), grid.smallest)

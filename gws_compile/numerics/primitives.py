@@ -43,6 +43,9 @@ class Primitives(Protocol):
     def fadd(self, x: Value, y: Value) -> Value: ...
     def fsub(self, x: Value, y: Value) -> Value: ...
     def fmul(self, x: Value, y: Value) -> Value: ...
+    def fdiv(self, x: Value, y: Value) -> Value:
+        """About ``x / y``, of numbers from [1, 2): within 2 units in the last place. See `numerics.division`."""
+
     def fselect(self, mask: Value, x: Value, y: Value) -> Value: ...
     def to_float(self, x: Value) -> Value:
         """Convert an integer of at most 24 bits, exactly."""
@@ -105,6 +108,9 @@ class TorchPrimitives:
 
     def fmul(self, x: Value, y: Value) -> Value:
         return x * y
+
+    def fdiv(self, x: Value, y: Value) -> Value:
+        return x / y
 
     def fselect(self, mask: Value, x: Value, y: Value) -> Value:
         return _select(mask, x, y, torch.float32)

@@ -1,6 +1,8 @@
-"""The block scale X, a power of two that follows from the block's maximum.
+"""The block scale X: a power of two that follows from the block's maximum, or the exact one, `amax_scale`.
 
-X and 1 / X are read from exponent bits: no logarithm and no division, so that every device gets the same ones.
+Powers of two, and their reciprocals, are read from exponent bits: no logarithm and no division, so that every device
+gets the same ones. What has to be divided is divided by `gws_compile.numerics.division`. The scale of two levels,
+``"nvfp4"``, is in `gws_compile.numerics.nvfp4`.
 """
 
 from __future__ import annotations
@@ -9,21 +11,26 @@ from typing import Literal, get_args
 
 import torch
 
-from .float32 import EXPONENT, FRACTION, MAGNITUDE, NAN, float32_bits
-from .formats import FloatFormat
+from .division import divide
+from .elements import ElementFormat
+from .float32 import EXPONENT, FRACTION, MAGNITUDE, NAN, bits_float32, float32_bits
 from .primitives import Primitives, Value
 
-Scale = Literal["floor", "ceil", None]
+Scale = Literal["floor", "ceil", "amax", "nvfp4", None]
 """A rule for the block scale, or none."""
 
 SCALES: tuple[Scale, ...] = get_args(Scale)
-"""The rules: OCP MX's, the smallest power of two at which nothing saturates, and none."""
+"""The rules: OCP MX's, the smallest power of two at which nothing saturates, the exact scale ``a / max``, NVFP4's two
+levels, and none."""
+
+POWERS_OF_TWO: tuple[Scale, ...] = ("floor", "ceil")
+"""The rules whose X is a power of two."""
 
 STORAGE = {torch.float32: (127, 23), torch.bfloat16: (127, 7), torch.float16: (15, 10)}
 """Weight dtype -> its largest exponent and its mantissa bits: what the result has to fit into."""
 
 
-def scale_exponent_range(fmt: FloatFormat, dtype: torch.dtype = torch.float32) -> tuple[int, int]:
+def scale_exponent_range(fmt: ElementFormat, dtype: torch.dtype = torch.float32) -> tuple[int, int]:
     """Smallest and largest exponent of a block scale X.
 
     X and 1 / X are normal float32 values. From below, the grid's smallest value stays at or above 2**-124, a normal
@@ -33,12 +40,12 @@ def scale_exponent_range(fmt: FloatFormat, dtype: torch.dtype = torch.float32) -
     return max(-126, -124 - (fmt.emin - fmt.mantissa_bits)), min(126, STORAGE[dtype][0] - fmt.emax)
 
 
-def needs_block_maximum(fmt: FloatFormat, scale: str | None, noise: str) -> bool:
+def needs_block_maximum(fmt: ElementFormat, scale: str | None, noise: str) -> bool:
     """Whether the block maximum enters the result: for the scale, or for the amplitude of noise."""
     return noise != "none" or (scale is not None and fmt.scaled)
 
 
-def scale_bits(p: Primitives, amax: Value, fmt: FloatFormat, scale: str, dtype: torch.dtype = torch.float32) -> Value:
+def scale_bits(p: Primitives, amax: Value, fmt: ElementFormat, scale: str, dtype: torch.dtype = torch.float32) -> Value:
     """Bits of the block scale X, a power of two (an int32 with only exponent bits).
 
     Args:
@@ -59,8 +66,40 @@ def scale_bits(p: Primitives, amax: Value, fmt: FloatFormat, scale: str, dtype: 
     return p.isub(p.imin(exponent, (high + 127 + fmt.emax) << 23), fmt.emax << 23)
 
 
+def amax_scale(p: Primitives, amax: Value, fmt: ElementFormat, dtype: torch.dtype) -> tuple[Value, Value]:
+    """``X = a / max``, at which the block maximum becomes the format's; and ``1 / X``. Both rounded to nearest.
+
+    X stays within the normal float32 values at which the grid's smallest value is one too, and its largest finite in
+    the weight's dtype; a block of zeros has the smallest.
+
+    Args:
+        p: the operations to write it in.
+        amax: float32 block maximum of ``|w|``.
+        fmt: the element format.
+        dtype: the weight's.
+
+    Returns:
+        1 / X and X, float32.
+    """
+    low, _ = scale_exponent_range(fmt, dtype)
+    # The smallest a is a power of two times max, whose quotient is that power of two.
+    smallest = float32_bits(2.0**low * fmt.max)
+    largest = float32_bits(min(2.0**127 * fmt.max, bits_float32(EXPONENT - 1)))
+    bits = p.imax(p.imin(p.iand(p.float_bits(amax), MAGNITUDE), largest), smallest)
+    x_bits = p.imin(p.float_bits(divide(p, p.bits_float(bits), fmt.max)), largest_scale_bits(fmt.max, dtype))
+    x = p.bits_float(x_bits)
+    return divide(p, 1.0, x), x
+
+
+def largest_scale_bits(largest: float, dtype: torch.dtype) -> int:
+    """The bits of the largest float32 X, up to 2**126, with which ``largest * X`` is finite in a dtype."""
+    limit = float(torch.finfo(dtype).max)
+    bits = float32_bits(min(limit / largest, 2.0**126))
+    return bits if bits_float32(bits) * largest <= limit else bits - 1  # float64: exact for a format's few bits
+
+
 def block_scale(
-    p: Primitives, amax: Value, fmt: FloatFormat, scale: str | None, dtype: torch.dtype
+    p: Primitives, amax: Value, fmt: ElementFormat, scale: str | None, dtype: torch.dtype
 ) -> tuple[Value | None, Value]:
     """What `cast` needs to know of a block: 1 / X, None for X = 1; and X, NaN where the block has a NaN or an Inf.
 
@@ -68,11 +107,14 @@ def block_scale(
         p: the operations to write it in.
         amax: float32 block maximum.
         fmt: the element format.
-        scale: see `scale_bits`; None for X = 1.
+        scale: see `scale_bits` and `amax_scale`; None for X = 1.
         dtype: the weight's.
     """
     if not fmt.scaled or scale is None:
         return None, p.bits_float(broken_block(p, amax, 127 << 23))
+    if scale == "amax":
+        inverse, x = amax_scale(p, amax, fmt, dtype)
+        return inverse, p.bits_float(broken_block(p, amax, p.float_bits(x)))
     x_bits = scale_bits(p, amax, fmt, scale, dtype)
     return p.bits_float(p.isub(254 << 23, x_bits)), p.bits_float(broken_block(p, amax, x_bits))
 

@@ -1,7 +1,7 @@
 """Weights of which every rank holds a part (DTensor): each rank samples its part of the whole weight's sample.
 
-The noise of an element is that of its index in the whole weight. A block's maximum has to be at hand, so a shard must
-hold whole blocks.
+The noise of an element is that of its index in the whole weight. The maximum of a block that is as long as the weight
+is that over the ranks among which the block lies; any other block must lie on one rank.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from .blocks import Block, clamped, matrix_shape
 
 
 @dataclass(frozen=True)
@@ -27,24 +29,37 @@ class ShardRange:
     local: tuple[int, ...]
     offset: tuple[int, ...]
 
-    def cut_block(self, batch_dims: int, block: tuple[int, int]) -> str | None:
-        """Why the part does not consist of whole blocks; None if it does.
+    def cut_block(self, batch_dims: int, block: Block) -> str | None:
+        """Why a block that is not as long as the weight lies on several ranks; None if none does.
 
         Args:
-            batch_dims: leading dims that count matrices; see `gws_compile.ops.sample_weight.matrix_shape`.
+            batch_dims: leading dims that count matrices; see `gws_compile.numerics.blocks.matrix_shape`.
             block: block shape.
         """
         rows = (self.offset[batch_dims], self.local[batch_dims], self.whole[batch_dims])
         # Columns are the dims behind the rows, flattened: the part is one range of them if only the first is cut.
         first = batch_dims + 1
-        if self.local[first + 1 :] != self.whole[first + 1 :]:
-            return f"dim {first + 1} or a later one is sharded, inside the columns of its blocks"
         inner = math.prod(self.whole[first + 1 :])
         columns = (self.offset[first] * inner, self.local[first] * inner, self.whole[first] * inner)
-        for what, (start, size, total), side in zip(("rows", "columns"), (rows, columns), block, strict=True):
-            if start % side or (start + size < total and (start + size) % side):
+        sides = clamped(block, rows[2], columns[2])
+        if self.local[first + 1 :] != self.whole[first + 1 :] and sides[1] < columns[2]:
+            return f"dim {first + 1} or a later one is sharded, inside the columns of its blocks"
+        for what, (start, size, total), side in zip(("rows", "columns"), (rows, columns), sides, strict=True):
+            if side < total and start % side or (side < total and start + size < total and (start + size) % side):
                 return f"{what} {start} to {start + size} of {total} lie here, and a block has {side}"
         return None
+
+    def spread_dims(self, batch_dims: int, block: Block) -> tuple[int, ...]:
+        """The dims of the weight that are cut inside of its blocks, since these are as long as the weight.
+
+        Args:
+            batch_dims, block: as in `cut_block`, which has found nothing.
+        """
+        _, rows, cols = matrix_shape(self.whole, batch_dims)
+        sides = clamped(block, rows, cols)
+        long = [sides[0] == rows] + [sides[1] == cols] * (len(self.whole) - batch_dims - 1)
+        dims = range(batch_dims, len(self.whole))
+        return tuple(dim for dim, spans in zip(dims, long, strict=True) if spans and self.local[dim] < self.whole[dim])
 
 
 def element_index(

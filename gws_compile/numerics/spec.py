@@ -17,21 +17,24 @@ from functools import cache, partial
 import torch
 
 from .cast import cast, largest_value
+from .elements import ElementFormat
 from .float32 import bits_float32
-from .formats import FloatFormat
 from .grid_cast import Grid, block_grid, cast_to_grid
 from .noise import add_noise, fixed_amplitude, random_word, signed_draw
+from .nvfp4 import nvfp4_scale
 from .primitives import Primitives, Value
-from .scales import block_scale, needs_block_maximum
+from .scales import POWERS_OF_TWO, block_scale, needs_block_maximum
 from .widths import WidthRule, amplitude, width, width_gradient
 
 Operand = Callable[[], Value]
 """Loads one value."""
 
 Words = Callable[[int], Value]
-"""Loads a word of a key (two int32) or of the clock (three int32), see `gws_compile.ops.sample_weight`, by position."""
+"""Loads a word of a key (two int32) or of the clock (four int32), see `gws_compile.ops.sample_weight`, by position."""
 
 _GRID = ("x", "largest", "smallest", "shift")
+_SCHEDULED = 3
+"""The word of the clock that has the bits of ``2**(1 - b)``, for a width that a schedule moves."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +44,15 @@ class SampleSpec:
     Attributes:
         fmt: element format of the cast; with learned widths, that of training.
         noise: law of R, see `gws_compile.numerics.noise.draw`; ``"none"`` for the cast alone.
-        bits: bit width b of the noise, where it is fixed.
+        bits: bit width b of the noise, where it is fixed; None where the clock says it, or where it is learned.
         scale: rule of the block scale, one of `gws_compile.numerics.scales.SCALES`.
         rule: what the parameter of a learned width means; None for a fixed width.
         dtype: the weight's.
     """
 
-    fmt: FloatFormat
+    fmt: ElementFormat
     noise: str
-    bits: float
+    bits: float | None
     scale: str | None
     rule: WidthRule | None
     dtype: torch.dtype
@@ -66,7 +69,7 @@ class SampleSpec:
         if self.noisy:
             values["amplitude"] = torch.float32
         if self.rule is not None:
-            return values | dict.fromkeys(_GRID, torch.int32)
+            return values | dict.fromkeys(self._grid, torch.int32)
         if needs_block_maximum(self.fmt, self.scale, self.noise):
             if self._scaled:
                 values["inverse"] = torch.float32
@@ -74,11 +77,31 @@ class SampleSpec:
         return values
 
     @property
+    def needs_matrix_maximum(self) -> bool:
+        """Whether the scales have a level for the whole matrix."""
+        return self.scale == "nvfp4"
+
+    @property
+    def is_cheap(self) -> bool:
+        """Whether the `block_values` take few instructions, so that it costs little to compute them again."""
+        return self.rule is None and (not self._scaled or self.scale in POWERS_OF_TWO)
+
+    @property
     def _scaled(self) -> bool:
         return self.fmt.scaled and self.scale is not None
 
+    @property
+    def _grid(self) -> tuple[str, ...]:
+        """The fields of the grids of learned widths."""
+        return (*_GRID, "inverse") if self.scale == "amax" else _GRID
+
     def of_block(
-        self, p: Primitives, amax: Operand, learned: Operand | None = None, clock: Words | None = None
+        self,
+        p: Primitives,
+        amax: Operand,
+        learned: Operand | None = None,
+        clock: Words | None = None,
+        matrix: Operand | None = None,
     ) -> dict[str, Operand]:
         """What the elements of a block have in common.
 
@@ -87,6 +110,7 @@ class SampleSpec:
             amax: float32, the block maximum.
             learned: float32, the width parameter; None for a fixed width.
             clock: the clock's words; None without noise.
+            matrix: float32, the maximum over what is finite of the block's matrix; None where it is not needed.
 
         Returns:
             The `block_values`, as functions that compute them.
@@ -96,13 +120,25 @@ class SampleSpec:
             return self._of_learned_block(p, self.rule, amax, learned, clock)
         values: dict[str, Operand] = {}
         if self.noisy:
-            values["amplitude"] = lambda: fixed_amplitude(p, amax(), self.bits)
+            values["amplitude"] = lambda: self._amplitude(p, amax(), clock)
         if needs_block_maximum(self.fmt, self.scale, self.noise):
-            scale = cache(lambda: block_scale(p, amax(), self.fmt, self.scale, self.dtype))
+            scale = cache(lambda: self._block_scale(p, amax(), matrix))
             values["x"] = lambda: scale()[1]
             if self._scaled:
                 values["inverse"] = lambda: scale()[0]
         return values
+
+    def _amplitude(self, p: Primitives, amax: Value, clock: Words | None) -> Value:
+        if self.bits is not None:
+            return fixed_amplitude(p, amax, self.bits)
+        assert clock is not None
+        return p.fmul(amax, p.bits_float(clock(_SCHEDULED)))
+
+    def _block_scale(self, p: Primitives, amax: Value, matrix: Operand | None) -> tuple[Value | None, Value]:
+        if not self.needs_matrix_maximum:
+            return block_scale(p, amax, self.fmt, self.scale, self.dtype)
+        assert matrix is not None
+        return nvfp4_scale(p, amax, matrix(), self.dtype)
 
     def _of_learned_block(
         self, p: Primitives, rule: WidthRule, amax: Operand, learned: Operand, clock: Words | None
@@ -121,7 +157,7 @@ class SampleSpec:
         values: dict[str, Operand] = {}
         if self.noisy:
             values["amplitude"] = lambda: amplitude(p, b(), amax())
-        for name in _GRID:
+        for name in self._grid:
             # Some are the same for all widths: Python numbers, of which the sum makes a value.
             values[name] = partial(lambda name: p.iadd(getattr(grid(), name), 0), name)
         return values
@@ -156,21 +192,24 @@ class SampleSpec:
             scaled_by = block("amplitude")
             y = add_noise(p, self.noise, w, scaled_by, _word(p, element, key, clock), clock(1))
         if self.rule is not None:
-            return cast_to_grid(p, y, Grid(*map(block, _GRID)))
+            return cast_to_grid(p, y, Grid(*map(block, self._grid)))
         values = self.block_values
         inverse, x = (block(name) if name in values else None for name in ("inverse", "x"))
         return cast(p, y, inverse, x, self.fmt, self.scale, self.dtype)
 
-    def grid_limit(self, p: Primitives, amax: Value, learned: Value | None = None) -> tuple[Value, Value]:
+    def grid_limit(
+        self, p: Primitives, amax: Value, learned: Value | None = None, matrix: Operand | None = None
+    ) -> tuple[Value, Value]:
         """The largest magnitude of a block's grid without noise: two float32 factors, the first NaN in a broken block.
 
         Args:
             p: the operations to write it in.
             amax: float32, the block maximum.
             learned: float32, the width parameter; None for a fixed width.
+            matrix: as in `of_block`.
         """
         if self.rule is None:
-            _, x = block_scale(p, amax, self.fmt, self.scale, self.dtype)
+            _, x = self._block_scale(p, amax, matrix)
             return x, largest_value(self.fmt, self.scale, self.dtype)
         grid = block_grid(p, width(p, learned, self.rule), amax, None, self.fmt, self.rule, self.scale, self.dtype)
         largest = grid.largest

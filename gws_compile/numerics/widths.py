@@ -8,8 +8,9 @@ from functools import lru_cache
 
 import torch
 
+from .blocks import clamped
+from .elements import ElementFormat, parse_element
 from .float32 import float32_bits, nearest_float32
-from .formats import FloatFormat
 from .primitives import Primitives, TorchPrimitives, Value
 
 # A width within this of what a format stands for is that format's: rounding to a format has to be stable.
@@ -29,7 +30,7 @@ class WidthRule:
     target: float
     min: float
     max: float
-    formats: tuple[FloatFormat, ...]
+    formats: tuple[ElementFormat, ...]
 
     @property
     def spec(self) -> str:
@@ -43,7 +44,7 @@ class WidthRule:
         """Read `spec`."""
         parts = spec.split(" ")
         init, target, low, high = map(float, parts[:4])
-        return WidthRule(init, target, low, high, tuple(map(FloatFormat.parse, parts[4:])))
+        return WidthRule(init, target, low, high, tuple(map(parse_element, parts[4:])))
 
     @property
     def slope(self) -> float:
@@ -126,9 +127,12 @@ def width_gradient(p: Primitives, gradient: Value, parameter: Value, rule: Width
     return p.fmul(inside, rule.slope)
 
 
-def parameter_shape(matrices: int, rows: int, cols: int, block: Sequence[int], granularity: str) -> tuple[int, ...]:
+def parameter_shape(
+    matrices: int, rows: int, cols: int, block: Sequence[int | None], granularity: str
+) -> tuple[int, ...]:
     """Shape of ``b_i``: () for a weight; (block rows, block columns) for a matrix, with the matrices in front of it."""
     if granularity == "weight":
         return ()
-    blocks = (-(-rows // block[0]), -(-cols // block[1]))
+    block_rows, block_cols = clamped(block, rows, cols)
+    blocks = (-(-rows // block_rows), -(-cols // block_cols))
     return blocks if matrices == 1 else (matrices, *blocks)

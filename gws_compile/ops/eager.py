@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..numerics.blocks import Blocks, block_maximum
+from ..numerics.blocks import Blocks, block_maximum, clamped, matrix_maximum, matrix_shape
 from ..numerics.primitives import TorchPrimitives, Value
 from ..numerics.shards import element_index
 from ..numerics.spec import Operand, SampleSpec, WidthGradientSpec
@@ -16,12 +16,14 @@ def sample_eager(
     w: torch.Tensor,
     spec: SampleSpec,
     batch_dims: int,
-    block: tuple[int, int],
+    block: Sequence[int | None],
     key: torch.Tensor | None = None,
     clock: torch.Tensor | None = None,
     learned: torch.Tensor | None = None,
     whole: Sequence[int] = (),
     offset: Sequence[int] = (),
+    *,
+    maxima: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sample a weight; the tensors are those of `gws_compile.ops.sample_weight.sample_weight`.
 
@@ -33,6 +35,7 @@ def sample_eager(
         key, clock: None without noise.
         learned: None for a fixed width.
         whole, offset: where the weight is a part of one.
+        maxima: of `weight_maximum`, where the weight is a part of one; None where it has all that is needed.
     """
     if not w.numel():
         return torch.empty_like(w)
@@ -41,13 +44,18 @@ def sample_eager(
     y = blocks.matrices(w)
     of_block: dict[str, Operand] = {}
     if spec.block_values:
-        amax = block_maximum(y, block)
+        amax = _block_maxima(y, block, None if spec.needs_matrix_maximum else maxima)
+        matrix = None
+        if spec.needs_matrix_maximum:
+            of_matrix = matrix_maximum(y) if maxima is None else maxima.view(torch.float32)
+            matrix = blocks.by_matrix(of_matrix).expand(amax.shape)
         parameter = None if learned is None else learned.detach().expand(amax.shape)
         of_block = spec.of_block(
             p,
             lambda: amax,
             None if parameter is None else lambda: parameter,
             None if clock is None else clock.__getitem__,
+            None if matrix is None else lambda: matrix,
         )
 
     def index() -> Value:
@@ -64,6 +72,25 @@ def sample_eager(
     return torch.empty_like(w).copy_(result.to(w.dtype).view(w.shape))
 
 
+def _block_maxima(
+    matrices: torch.Tensor, block: Sequence[int | None], maxima: torch.Tensor | None
+) -> torch.Tensor:
+    return block_maximum(matrices, block) if maxima is None else maxima.view(torch.float32)
+
+
+def maximum_eager(w: torch.Tensor, batch_dims: int, block: Sequence[int], *, finite: bool) -> torch.Tensor:
+    """The maxima of blocks as bits; arguments and result as of `gws_compile.ops.sample_weight.weight_maximum`."""
+    matrices, rows, cols = matrix_shape(w.shape, batch_dims)
+    if not w.numel():
+        sides = clamped(block, rows, cols)
+        blocks = [-(-size // side) if side else 0 for size, side in zip((rows, cols), sides, strict=True)]
+        return torch.zeros([matrices, *blocks], dtype=torch.int32, device=w.device)
+    y = Blocks(w, batch_dims, block).matrices(w)
+    if finite:
+        y = torch.where(y.isfinite(), y, 0.0)
+    return block_maximum(y, block).view(torch.int32)
+
+
 def bits_gradient_eager(
     grad: torch.Tensor,
     w: torch.Tensor,
@@ -72,9 +99,11 @@ def bits_gradient_eager(
     learned: torch.Tensor,
     spec: WidthGradientSpec,
     batch_dims: int,
-    block: tuple[int, int],
+    block: Sequence[int | None],
     whole: Sequence[int] = (),
     offset: Sequence[int] = (),
+    *,
+    maxima: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The gradient of a width parameter; arguments as in `sample_eager`, ``grad`` that of the sampled weight."""
     if not w.numel():
@@ -84,7 +113,7 @@ def bits_gradient_eager(
     index = blocks.matrices(element_index(w.shape, whole or w.shape, offset or [0] * w.ndim, w.device))
     r = spec.of_element(p, lambda: index, key.__getitem__, clock.__getitem__)
     total = blocks.sum(blocks.matrices(grad) * r)
-    amax = block_maximum(blocks.matrices(w), block)
+    amax = _block_maxima(blocks.matrices(w), block, maxima)
     parameter = learned.detach()
     gradient = spec.of_block(p, lambda: total, lambda: amax, lambda: parameter.expand(amax.shape))
     if parameter.ndim == 0:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import torch
 
 from ..config import DEFAULTS, Config
-from ..numerics.formats import FloatFormat
+from ..numerics.blocks import Block
+from ..numerics.elements import ElementFormat
 from ..numerics.keys import key_words
 from ..numerics.noise import Noise
 from ..numerics.primitives import wrap_int32
-from ..numerics.scales import Scale
+from ..settings.weight_settings import ScaleSetting
 from .eager import sample_eager
 from .sample_weight import DTYPES
 
 
 def quantize(
     w: torch.Tensor,
-    fmt: str | FloatFormat,
-    block: tuple[int, int] = DEFAULTS.block,
-    scale: Scale = DEFAULTS.scale,
+    fmt: str | ElementFormat,
+    block: Block | None = DEFAULTS.block,
+    scale: ScaleSetting = DEFAULTS.scale,
 ) -> torch.Tensor:
     """Cast a weight onto a format's grid, without noise: the reference for what is deployed.
 
@@ -26,10 +27,12 @@ def quantize(
         w: float32, bfloat16 or float16. Blocks are those of a matrix: two dims as they are, four or more (a
             convolution weight) as (out, the rest), three (expert weights) block the last two dims of each expert; a
             tensor of one dim or none is one row. A 1-d convolution's weight is ``w.flatten(1)``.
-        fmt: format name or `FloatFormat`.
-        block: block shape (rows, columns); sizes that are no multiple of it end in partial blocks.
-        scale: the rule for a block's scale X, a power of two: ``"floor"`` (OCP MX v1.0, section 6.3), ``"ceil"`` or
-            None (X = 1); see `gws_compile.numerics.scales.scale_bits`.
+        fmt: as in `gws_compile.backend`.
+        block: block shape (rows, columns), None for a whole side; sizes that are no multiple of it end in partial
+            blocks. The preset's, or 32 x 32, when None.
+        scale: the rule for a block's scale X: ``"floor"`` (OCP MX v1.0, section 6.3) or ``"ceil"``, powers of two, see
+            `gws_compile.numerics.scales.scale_bits`; ``"amax"``, see `gws_compile.numerics.scales.amax_scale`;
+            ``"nvfp4"``, see `gws_compile.numerics.nvfp4`; None (X = 1); ``"auto"`` as in `gws_compile.backend`.
 
     Returns:
         A new tensor of the shape and dtype of ``w``, rounded to nearest with ties to even, saturated at ``+-X * max``;
@@ -47,15 +50,15 @@ def quantize(
 
 def sample(
     w: torch.Tensor,
-    fmt: str | FloatFormat,
+    fmt: str | ElementFormat,
     *,
     name: str,
     step: int = 0,
     seed: int = DEFAULTS.seed,
     noise: Noise = DEFAULTS.noise,
     bits: float | None = None,
-    block: tuple[int, int] = DEFAULTS.block,
-    scale: Scale = DEFAULTS.scale,
+    block: Block | None = DEFAULTS.block,
+    scale: ScaleSetting = DEFAULTS.scale,
 ) -> torch.Tensor:
     """Sample a weight as a compiled training graph does, bit for bit: the reference for what is trained.
 
@@ -63,15 +66,15 @@ def sample(
 
     Args:
         w: as in `quantize`; the whole weight, where ranks hold shards.
-        fmt: format name or `FloatFormat`.
+        fmt: as in `gws_compile.backend`.
         name: the weight's qualified name in the outermost module that is called, such as ``"layers.0.fc.weight"``;
             `Backend.state_dict` lists the names.
         step: number of the draw: how many optimizer steps came before, with ``resample="step"``.
         seed: that of the backend.
         noise: ``"rounded_normal"``, ``"uniform"`` or ``"none"``.
-        bits: bit width b; the format's mantissa bits + 2 when None.
-        block: block shape.
-        scale: rule of the block scale.
+        bits: bit width b; when None the format's mantissa bits + 2, and N for intN.
+        block: block shape, as in `quantize`.
+        scale: rule of the block scale, as in `quantize`.
 
     Returns:
         A new tensor of the shape and dtype of ``w``, outside autograd.

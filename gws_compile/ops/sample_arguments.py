@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 import torch
 from torch import fx
 
-from ..numerics.formats import FloatFormat
+from ..numerics.elements import parse_element
 from ..numerics.spec import SampleSpec, WidthGradientSpec
 from ..numerics.widths import WidthRule
 
-OPERATOR_VERSION = 7
+OPERATOR_VERSION = 8
 """Part of every call's arguments. Compile caches see a graph's arguments, not the lowering's source: raise it whenever
 noise, cast or lowering change what they compute."""
 
@@ -62,9 +62,10 @@ class SampleArguments(_Arguments):
     w: Any
     key: Any
     clock: Any
+    maxima: Any
     batch_dims: int
     fmt: str
-    bits: float
+    bits: float | None
     noise: str
     block: Sequence[int]
     scale: str
@@ -79,7 +80,7 @@ class SampleArguments(_Arguments):
     def spec(self, dtype: torch.dtype) -> SampleSpec:
         """What they say of the sample of a weight of this dtype."""
         rule = WidthRule.parse(self.rule) if self.learned is not None else None
-        return SampleSpec(FloatFormat.parse(self.fmt), self.noise, self.bits, self.scale or None, rule, dtype)
+        return SampleSpec(parse_element(self.fmt), self.noise, self.bits, self.scale or None, rule, dtype)
 
     def check_version(self) -> None:
         """Hold a call to the arithmetic that is here.
@@ -93,9 +94,30 @@ class SampleArguments(_Arguments):
             )
 
     @property
+    def block_maxima(self) -> Any:
+        """``maxima``, where they are those of the blocks."""
+        return None if self.scale == "nvfp4" else self.maxima
+
+    @property
+    def matrix_maxima(self) -> Any:
+        """``maxima``, where they are those of the matrices."""
+        return self.maxima if self.scale == "nvfp4" else None
+
+    @property
     def part(self) -> tuple[Sequence[int], Sequence[int]]:
         """``whole`` and ``offset``."""
         return self.whole, self.offset
+
+
+@dataclass(frozen=True)
+class MaximumArguments(_Arguments):
+    """Those of ``gws::weight_maximum``, see `gws_compile.ops.sample_weight.weight_maximum`."""
+
+    w: Any
+    batch_dims: int
+    block: Sequence[int]
+    finite: bool
+    version: int = field(default_factory=lambda: OPERATOR_VERSION)
 
 
 @dataclass(frozen=True)
@@ -106,6 +128,7 @@ class BitsGradientArguments(_Arguments):
     w: Any
     key: Any
     clock: Any
+    maxima: Any
     learned: Any
     batch_dims: int
     noise: str

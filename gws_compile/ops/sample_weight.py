@@ -1,4 +1,5 @@
-"""The operator ``gws::sample_weight``: noise, then cast, of one weight; and ``gws::bits_gradient`` for learned widths.
+"""The operator ``gws::sample_weight``: noise, then cast, of one weight; ``gws::bits_gradient`` for learned widths; and
+``gws::weight_maximum``, for maxima over more than one rank.
 
 One node per weight in every graph. The eager kernels (`gws_compile.ops.eager`) and Inductor's lowerings
 (`gws_compile.codegen.lowering`) run the same arithmetic, `gws_compile.numerics.spec`. The gradient of a sample is the
@@ -12,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ..numerics.blocks import check_block
-from .eager import bits_gradient_eager, sample_eager
-from .sample_arguments import BitsGradientArguments, SampleArguments
+from ..numerics.blocks import clamped, matrix_shape
+from .eager import bits_gradient_eager, maximum_eager, sample_eager
+from .sample_arguments import BitsGradientArguments, MaximumArguments, SampleArguments
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Weight dtypes the operator takes."""
@@ -28,9 +29,10 @@ def sample_weight(
     w: torch.Tensor,
     key: torch.Tensor | None,
     clock: torch.Tensor | None,
+    maxima: torch.Tensor | None,
     batch_dims: int,
     fmt: str,
-    bits: float,
+    bits: float | None,
     noise: str,
     block: list[int],
     scale: str,
@@ -48,14 +50,18 @@ def sample_weight(
         w: the weight, float32, bfloat16 or float16, two or more dims.
         key: int32, (2,): the weight's two key words. None when ``noise`` is ``"none"``. One tensor for each weight, so
             that compilers find the kernels of weights of one shape to be the same.
-        clock: int32, (3,): the number of the draw; -1 to draw or 0 to cast ``w`` as it is; -1 where learned widths are
-            frozen, else 0. None likewise.
+        clock: int32, (4,): the number of the draw; -1 to draw or 0 to cast ``w`` as it is; -1 where learned widths are
+            frozen, else 0; the bits of the float32 ``2**(1 - b)`` where a schedule moves the width b, else 0. None
+            likewise.
+        maxima: int32, what of `weight_maximum` this call cannot compute, since ``w`` is one rank's part: of the blocks,
+            (matrices, block rows, block columns), where they are as long as the weight; of the matrices,
+            (matrices, 1, 1), for the scale ``"nvfp4"``. None where it has all it needs.
         batch_dims: see `gws_compile.numerics.blocks.matrix_shape`.
-        fmt: `FloatFormat.spec` of the element format.
-        bits: bit width b of the noise amplitude.
+        fmt: the ``spec`` of the element format.
+        bits: bit width b of the noise amplitude; None where the clock says it.
         noise: one of `gws_compile.numerics.noise.NOISES`.
-        block: block shape, two positive ints.
-        scale: ``"floor"``, ``"ceil"``, or ``""`` for no block scale.
+        block: block shape; 0 for a side that is as long as the matrix.
+        scale: one of `gws_compile.numerics.scales.SCALES`, or ``""`` for no block scale.
         learned: float32, the parameter b_i of learned widths, see
             `gws_compile.numerics.widths.parameter_shape`; None for the fixed width ``bits``.
         rule: `WidthRule.spec` of its meaning; empty for a fixed width. While noise is drawn, the cast is to ``fmt``;
@@ -75,6 +81,7 @@ def sample_weight(
         w,
         key,
         clock,
+        maxima,
         batch_dims,
         fmt,
         bits,
@@ -89,7 +96,8 @@ def sample_weight(
         keep,
         version,
     )
-    sampled = sample_eager(w, given.spec(w.dtype), batch_dims, check_block(block), key, clock, learned, whole, offset)
+    spec = given.spec(w.dtype)
+    sampled = sample_eager(w, spec, batch_dims, block, key, clock, learned, whole, offset, maxima=maxima)
     return sampled.to(out_dtype or w.dtype)
 
 
@@ -103,12 +111,38 @@ def _(*arguments: Any) -> torch.Tensor:
     return torch.empty_like(w, dtype=given.out_dtype or w.dtype)
 
 
+@torch.library.custom_op("gws::weight_maximum", mutates_args=())
+def weight_maximum(w: torch.Tensor, batch_dims: int, block: list[int], finite: bool, version: int) -> torch.Tensor:
+    """Largest magnitude of each block of a weight, as bits: what has to be known of all ranks' parts before a sample.
+
+    Args:
+        w: the weight, or a part of it, of whatever size.
+        batch_dims, block, version: of `sample_weight`.
+        finite: leave out what is NaN or Inf.
+
+    Returns:
+        int32, (matrices, block rows, block columns): the bits of the float32 maximum, a NaN's above all others; the
+        largest of two ranks' is that of both.
+    """
+    return maximum_eager(w, batch_dims, block, finite=finite)
+
+
+@weight_maximum.register_fake
+def _(*arguments: Any) -> torch.Tensor:
+    given = MaximumArguments(*arguments)
+    matrices, rows, cols = matrix_shape(given.w.shape, given.batch_dims)
+    sides = clamped(given.block, rows, cols)
+    blocks = [-(-size // side) if side else 0 for size, side in zip((rows, cols), sides, strict=True)]
+    return given.w.new_empty([matrices, *blocks], dtype=torch.int32)
+
+
 @torch.library.custom_op("gws::bits_gradient", mutates_args=())
 def bits_gradient(
     grad: torch.Tensor,
     w: torch.Tensor,
     key: torch.Tensor,
     clock: torch.Tensor,
+    maxima: torch.Tensor | None,
     learned: torch.Tensor,
     batch_dims: int,
     noise: str,
@@ -125,15 +159,17 @@ def bits_gradient(
 
     Args:
         grad: gradient of the sampled weight, of its shape.
-        w, key, clock, learned, batch_dims, noise, block, rule, whole, offset, version: of `sample_weight`.
+        w, key, clock, maxima, learned, batch_dims, noise, block, rule, whole, offset, version: of `sample_weight`.
 
     Returns:
         float32, shape of ``learned``.
     """
     spec = BitsGradientArguments(
-        grad, w, key, clock, learned, batch_dims, noise, block, rule, whole, offset, version
+        grad, w, key, clock, maxima, learned, batch_dims, noise, block, rule, whole, offset, version
     ).spec
-    return bits_gradient_eager(grad, w, key, clock, learned, spec, batch_dims, check_block(block), whole, offset)
+    return bits_gradient_eager(
+        grad, w, key, clock, learned, spec, batch_dims, block, whole, offset, maxima=maxima
+    )
 
 
 @bits_gradient.register_fake
@@ -146,15 +182,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
     ctx.dtype = given.w.dtype
     ctx.learned = given.learned is not None and given.noise != "none"
     if ctx.learned:
-        ctx.save_for_backward(given.w, given.key, given.clock, given.learned)
-        ctx.rest = replace(given, w=None, key=None, clock=None, learned=None)
+        ctx.save_for_backward(given.w, given.key, given.clock, given.learned, given.maxima)
+        ctx.rest = replace(given, w=None, key=None, clock=None, learned=None, maxima=None)
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     bits = None
     if ctx.learned and SampleArguments.needs_gradient(ctx, "learned"):
-        w, key, clock, learned = ctx.saved_tensors
-        sampled = replace(ctx.rest, w=w, key=key, clock=clock, learned=learned)
+        w, key, clock, learned, maxima = ctx.saved_tensors
+        sampled = replace(ctx.rest, w=w, key=key, clock=clock, learned=learned, maxima=maxima)
         bits = bits_gradient(*BitsGradientArguments.behind(sampled, grad).call())
     return SampleArguments.gradients(w=grad.to(ctx.dtype), learned=bits)
 

@@ -22,7 +22,9 @@ def weight_record(weight: Weight, config: Config) -> WeightRecord:
         config: what the graph was rewritten with.
     """
     rewritten = weight.reason is None
+    settings = weight.sampled_as if rewritten else None
     noisy = weight.noisy
+    rule = config.rule_of(weight.name)
     return WeightRecord(
         name=weight.name,
         shape=weight.shape,
@@ -30,9 +32,12 @@ def weight_record(weight: Weight, config: Config) -> WeightRecord:
         op=", ".join(dict.fromkeys(read.op for read in weight.reads)),
         rewritten=rewritten,
         reason=weight.reason or "",
-        fmt=config.fmt.name if rewritten else "",
-        bits=config.bits if noisy and config.learned is None else None,
-        noise=(config.noise if noisy else "none") if rewritten else "",
+        fmt="" if settings is None else settings.name,
+        bits=config.bits_at(0, settings) if settings is not None and noisy and settings.learned is None else None,
+        noise="" if settings is None else settings.noise if noisy else "none",
+        block="" if settings is None else settings.block_text,
+        scale="" if settings is None else settings.scale or "none",
+        rule="" if rule is None else rule.text,
         location=weight.reads[0].location if weight.reads else "",
         reads=tuple(map(_read_record, weight.reads)),
     )

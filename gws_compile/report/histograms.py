@@ -61,7 +61,7 @@ def histogram(weight: SampledWeight, parameter: torch.Tensor | None, state: Samp
     noise, noise_limit = None, 0.0
     if part.noisy is not None:
         # In float32 and on a grid that rounds next to nothing, the sample is the weight and its noise.
-        fine = replace(state, config=replace(state.config, fmt=_FINE), frozen=False)
+        fine = replace(state, draw=state.draw._replace(frozen=False), fmt=_FINE)
         unrounded = next(parts(replace(weight, dtype=torch.float32), parameter, fine, elements=_SAMPLED))
         assert unrounded.noisy is not None
         difference = unrounded.noisy - unrounded.w
@@ -70,8 +70,8 @@ def histogram(weight: SampledWeight, parameter: torch.Tensor | None, state: Samp
     return Histogram(
         name=weight.name,
         shape=tuple(weight.value.shape),
-        fmt=state.config.fmt.name,
-        step=state.step,
+        fmt=weight.settings.name,
+        step=state.draw.step,
         elements=w.numel(),
         limit=limit,
         weight=_counts(w, limit),

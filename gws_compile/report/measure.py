@@ -25,12 +25,11 @@ def measure(weight: SampledWeight, parameter: torch.Tensor | None, bits: float, 
     signal, error, noise, saturated, flushed, exact = sums
     shape = tuple(weight.value.shape)
     elements = prod(shape)
-    config = state.config
     return WeightMetrics(
         name=weight.name,
         shape=shape,
         dtype=str(weight.dtype).removeprefix("torch."),
-        fmt=config.fmt.name if parameter is None else "by width",
+        fmt=weight.settings.name if parameter is None else "by width",
         bits=bits if weight.noisy else None,
         sqnr=_decibels(signal, error),
         sqnr_noise=_decibels(signal, noise) if weight.noisy else None,

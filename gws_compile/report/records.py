@@ -48,11 +48,15 @@ class WeightRecord:
         op: the operation that reads it (``"linear"``); several are joined by ``", "``; empty if none does.
         rewritten: whether its reads see the cast weight.
         reason: why it was left alone; empty when rewritten.
-        fmt: the format it is cast to; empty when left alone.
-        bits: the bit width b of its noise; None when left alone or cast without noise.
+        fmt: the format, or preset, that it is cast to; empty when left alone.
+        bits: the bit width b of its noise, at the current draw of a schedule; None when left alone, cast without noise,
+            or learned.
         noise: ``"rounded_normal"``, ``"uniform"``, or ``"none"`` for a cast without noise (frozen weights, and graphs
             traced with gradients disabled); empty when left alone.
         location: ``file:line`` of the first read in the user's code.
+        block: the shape of its blocks, such as ``"32 x 32"``, ``"row"`` or ``"matrix"``; empty when left alone.
+        scale: the rule of its block scale, ``"none"`` for none; empty when left alone.
+        rule: the rule that holds of it, as text; empty where none does.
         reads: every read.
     """
 
@@ -66,6 +70,9 @@ class WeightRecord:
     bits: float | None
     noise: str
     location: str
+    block: str = ""
+    scale: str = ""
+    rule: str = ""
     reads: tuple[ReadRecord, ...] = ()
 
     @property

@@ -8,12 +8,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..config import Config
-from ..numerics.blocks import Blocks, block_maximum, matrix_shape
+from ..numerics.blocks import Blocks, block_maximum, clamped, matrix_shape
+from ..numerics.elements import ElementFormat
 from ..numerics.keys import key_words
-from ..numerics.primitives import TorchPrimitives, wrap_int32
+from ..numerics.primitives import TorchPrimitives
 from ..numerics.spec import SampleSpec
-from ..ops.eager import sample_eager
+from ..ops.eager import maximum_eager, sample_eager
+from ..runtime.clock import DrawState, clock_words
 from ..runtime.sampled_weights import SampledWeight
+from ..settings.schedule import Schedule
 from ..torch_internals.distributed import whole_tensor
 
 PART_ELEMENTS = 2**22
@@ -26,13 +29,18 @@ class SamplingState:
 
     Attributes:
         config: the settings.
-        step: number of the draw.
-        frozen: learned widths are fixed, and noisy samples are cast to their formats too.
+        draw: what a forward sees of the clock. That noise is switched off here and now is left out of account.
+        fmt: the element format, without block scales, that samples are cast to; the weight's own when None.
     """
 
     config: Config
-    step: int
-    frozen: bool = False
+    draw: DrawState
+    fmt: ElementFormat | None = None
+
+    @property
+    def clock(self) -> tuple[int, ...]:
+        """The words of the clock."""
+        return clock_words(self.draw._replace(enabled=True), self.config.schedule or Schedule())
 
 
 @dataclass(frozen=True)
@@ -65,19 +73,25 @@ def parts(
         elements: how many come together, about; `PART_ELEMENTS` when None.
     """
     elements = elements or PART_ELEMENTS
-    config = state.config
-    spec = config.sample_spec(weight.dtype)
+    spec = weight.settings.sample_spec(weight.dtype)
     if parameter is None:
         spec = replace(spec, rule=None)
+    if state.fmt is not None:
+        spec = replace(spec, fmt=state.fmt, scale=None)
     without_noise = replace(spec, noise="none")
     value = whole_tensor(weight.value).to(weight.dtype)
     count, rows, cols = whole = matrix_shape(value.shape, weight.batch_dims)
     w = value.reshape(whole)
-    side = config.block[0]
+    block = clamped(weight.settings.block, rows, cols)
+    side = block[0] if block[0] < rows else 1
+    # What parts of it cannot tell: the maxima of blocks as long as the weight, and of the matrix.
+    maxima = None
+    if spec.needs_matrix_maximum or block[0] == rows:
+        maxima = _maxima(w, spec, block, max(elements // cols, 1))
     if parameter is not None and parameter.ndim:
-        parameter = parameter.detach().view(count, -(-rows // side), -1)
-    key = torch.tensor(key_words(config.seed, weight.name), dtype=torch.int32, device=w.device)
-    clock = torch.tensor([wrap_int32(state.step), -1, -int(state.frozen)], dtype=torch.int32, device=w.device)
+        parameter = parameter.detach().view(count, -(-rows // block[0]), -1)
+    key = torch.tensor(key_words(state.config.seed, weight.name), dtype=torch.int32, device=w.device)
+    clock = torch.tensor(state.clock, dtype=torch.int32, device=w.device)
     height = max(elements // cols // side, 1) * side
     depth = max(elements // (rows * cols), 1)
     for first in range(0, count, depth):
@@ -85,20 +99,41 @@ def parts(
             part = w[first : first + depth, start : start + height]
             learned = parameter
             if learned is not None and learned.ndim:
-                learned = learned[first : first + depth, start // side : -(-(start + height) // side)]
+                learned = learned[first : first + depth]
+                if block[0] < rows:
+                    learned = learned[:, start // side : -(-(start + height) // side)]
             noisy = None
+            given = None if maxima is None else maxima[first : first + depth]
             if weight.noisy:
                 noisy = sample_eager(
-                    part, spec, 1, config.block, key, clock, learned, whole=whole, offset=(first, start, 0)
+                    part, spec, 1, block, key, clock, learned, whole=whole, offset=(first, start, 0), maxima=given
                 )
-            cast = sample_eager(part, without_noise, 1, config.block, learned=learned)
-            yield Part(part, cast, noisy, _largest(part, learned, spec, config.block))
+            cast = sample_eager(part, without_noise, 1, block, learned=learned, maxima=given)
+            yield Part(part, cast, noisy, _largest(part, learned, without_noise, block, given))
 
 
-def _largest(w: torch.Tensor, learned: torch.Tensor | None, spec: SampleSpec, block: tuple[int, int]) -> torch.Tensor:
+def _maxima(w: torch.Tensor, spec: SampleSpec, block: tuple[int, int], height: int) -> torch.Tensor:
+    """int32 bits of the maxima of the blocks, or of the matrices, of a whole weight, so many rows at a time."""
+    finite = spec.needs_matrix_maximum
+    sides = (0, 0) if finite else (0, block[1])
+    found = [maximum_eager(w[:, start : start + height], 1, sides, finite=finite) for start in range(0, w.shape[1], height)]
+    return torch.stack(found).amax(0)
+
+
+def _largest(
+    w: torch.Tensor,
+    learned: torch.Tensor | None,
+    spec: SampleSpec,
+    block: tuple[int, int],
+    maxima: torch.Tensor | None,
+) -> torch.Tensor:
     p = TorchPrimitives()
     blocks = Blocks(w, 1, block)
-    amax = block_maximum(blocks.matrices(w), block)
-    x, largest = spec.grid_limit(p, amax, None if learned is None else learned.detach().expand(amax.shape))
+    given = None if maxima is None else maxima.view(torch.float32)
+    amax = block_maximum(blocks.matrices(w), block) if given is None or spec.needs_matrix_maximum else given
+    matrix = None if given is None else given.expand(amax.shape)
+    x, largest = spec.grid_limit(
+        p, amax, None if learned is None else learned.detach().expand(amax.shape), lambda: matrix
+    )
     # Two factors of float32: their product may lie beyond it.
     return blocks.expand(x.double() * (largest.double() if isinstance(largest, torch.Tensor) else largest))

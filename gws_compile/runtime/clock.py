@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..numerics.primitives import wrap_int32
+from ..settings.schedule import Schedule
 from ..torch_internals.modes import plain_tensors
 
 
@@ -29,6 +30,16 @@ class DrawState(NamedTuple):
         return self._replace(enabled=False)
 
 
+def clock_words(state: DrawState, schedule: Schedule) -> tuple[int, int, int, int]:
+    """The words of a clock.
+
+    The draw's number; -1 to draw or 0 to leave the weights as they are; -1 for frozen widths, else 0; the bits of the
+    float32 ``2**(1 - b)``, for a width b that the schedule moves.
+    """
+    draws = state.enabled and schedule.draws(state.step)
+    return wrap_int32(state.step), -int(draws), -int(state.frozen), schedule.factor_bits(state.step)
+
+
 class Clock:
     """Counts draws.
 
@@ -38,6 +49,9 @@ class Clock:
     The tensors are never changed in place: a graph that saved one for backward still computes with its own draw after
     the next has begun.
 
+    Args:
+        schedule: says when there is noise, and how wide; None for always.
+
     Attributes:
         step: number of the current draw, from 0.
         pending: a new draw has been asked for.
@@ -45,7 +59,8 @@ class Clock:
         drawn: a training forward has seen the current draw.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, schedule: Schedule | None = None) -> None:
+        self._schedule = schedule or Schedule()
         self.step = 0
         self.pending = False
         self.frozen = False
@@ -94,15 +109,16 @@ class Clock:
                 self.pending = False
 
     def tensor(self, device: torch.device, state: DrawState) -> torch.Tensor:
-        """int32 (3,): the draw's number; -1 to draw or 0 to leave the weights as they are; -1 for frozen widths."""
+        """int32 (4,), see `clock_words`."""
         made = self._tensors.get(device, {})
         tensor = made.get(state)
         if tensor is None:
             with plain_tensors():
                 # Filled by kernels whose scalars are launch arguments: no copy from the host, so no synchronization.
-                tensor = torch.full((3,), wrap_int32(state.step), dtype=torch.int32, device=device)
-                tensor[1].fill_(-int(state.enabled))
-                tensor[2].fill_(-int(state.frozen))
+                words = clock_words(state, self._schedule)
+                tensor = torch.full((len(words),), words[0], dtype=torch.int32, device=device)
+                for position, word in enumerate(words[1:], 1):
+                    tensor[position].fill_(word)
             # Beside the current one those of forwards that are run again: few, and none older than the last two draws.
             kept = {known: one for known, one in list(made.items()) if known.step >= state.step - 1}
             self._tensors[device] = {**kept, state: tensor} if len(kept) < 8 else {state: tensor}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..settings.weight_settings import WeightSettings
 from ..weight_names import first_free
 from .weight_slots import Slot
 
@@ -21,6 +22,7 @@ class SampledWeight:
         value: the weight as the model holds it now, a plain tensor or a DTensor, outside autograd.
         dtype: the one in which graphs read it (under FSDP2's mixed precision not the model's).
         batch_dims: see `gws_compile.numerics.blocks.matrix_shape`.
+        settings: how it is sampled.
         noisy: whether it gets noise in training.
     """
 
@@ -29,6 +31,7 @@ class SampledWeight:
     value: torch.Tensor
     dtype: torch.dtype
     batch_dims: int
+    settings: WeightSettings
     noisy: bool
 
 
@@ -56,4 +59,4 @@ def sampled_weights(slots: Iterable[Slot]) -> Iterator[SampledWeight]:
         # In evaluation there is no noise; what a weight is, its training says.
         weight = next((one for one in reversed(sampled) if one.noisy), sampled[-1])
         dims = weight.reads[0].batch_dims
-        yield SampledWeight(names[slot], slot, value.detach(), weight.dtype, dims, weight.noisy)
+        yield SampledWeight(names[slot], slot, value.detach(), weight.dtype, dims, weight.sampled_as, weight.noisy)

@@ -12,7 +12,8 @@ from torch import nn
 
 from gws_compile.command_line.state_file import StateFile
 from gws_compile.compiler.backend import Backend
-from gws_compile.config import Config, LearnedBits
+from gws_compile import LearnedBits
+from gws_compile.config import Config
 
 SCRIPT = """
 import os, signal, sys, torch

@@ -9,7 +9,7 @@ from support.operator import CLOCK, KEY, arguments
 from torch import fx
 
 import gws_compile.ops.sample_weight  # noqa: F401  registers the operators
-from gws_compile.config import LearnedBits
+from gws_compile import LearnedBits
 from gws_compile.numerics.formats import FloatFormat
 from gws_compile.ops.sample_arguments import OPERATOR_VERSION, BitsGradientArguments, SampleArguments
 

@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from ...numerics.blocks import matrix_shape
+from ...numerics.blocks import clamped, matrix_shape
 from ...numerics.spec import SampleSpec
 from ...ops.sample_arguments import SampleArguments
 from ...torch_internals import inductor
 from ...torch_internals.cpp_template import cpp_kernel, cpp_vector_size
+from ..element_loops import ElementLoops
 from .primitives import CppPrimitives
 
 _TYPES = {torch.float32: "Floats", torch.int32: "Ints"}
@@ -39,6 +40,9 @@ _CHUNK_COLS = 1024
 
 _MAX_PART = 1 << 17
 """Elements of a part, at most: 512 KiB of float32."""
+
+_LARGE_BLOCK_ROWS = 32
+"""Rows of a part that lies inside a block, at most."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,58 @@ class _Elements:
     values: Sequence[str]
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """How a matrix is cut into parts: so many rows (a panel) of so many columns (a chunk).
+
+    Attributes:
+        rows, cols: of a part; the last ones may have fewer.
+        block_rows, block_cols: sides of a block. A part has whole blocks, or lies inside one.
+        given: whether the maxima of the blocks are computed before, since a block is no part of a part.
+    """
+
+    rows: int
+    cols: int
+    block_rows: int
+    block_cols: int
+    given: bool
+
+    @property
+    def blocks_down(self) -> int:
+        """Blocks of a part, from above to below."""
+        return max(self.rows // self.block_rows, 1)
+
+    @property
+    def blocks_across(self) -> int:
+        """Blocks of a part, from left to right."""
+        return max(self.cols // self.block_cols, 1)
+
+    @staticmethod
+    def cut(rows: int, cols: int, block: tuple[int, int], *, given: bool, few_rows: bool) -> _Parts | None:
+        """The parts of a matrix; None where its blocks fit none.
+
+        Args:
+            rows, cols: of the matrix.
+            block: sides of a block, not longer than the matrix.
+            given: the maxima are.
+            few_rows: whether blocks of fewer rows than are taken side by side may lie below one another in a part.
+        """
+        block_rows, block_cols = block
+        panel = _ROWS if few_rows and _ROWS % block_rows == 0 else block_rows
+        chunk = max(_CHUNK_COLS // block_cols, 1) * block_cols
+        if not given and min(panel, rows) * min(chunk, cols) <= _MAX_PART:
+            return _Parts(panel, chunk, block_rows, block_cols, given=False)
+        if block_rows > _ROWS:
+            panel = _LARGE_BLOCK_ROWS
+            if block_rows < rows and block_rows % panel:
+                return None
+        if block_cols > _CHUNK_COLS:
+            chunk = _CHUNK_COLS
+            if block_cols < cols and block_cols % chunk:
+                return None
+        return _Parts(panel, chunk, block_rows, block_cols, given=True)
+
+
 def sample(given: SampleArguments, spec: SampleSpec) -> Any:
     """The sampled weight as Inductor's tensor; None where it is not for this kernel.
 
@@ -81,8 +137,8 @@ def sample(given: SampleArguments, spec: SampleSpec) -> Any:
         given: the operator's arguments; tensors are Inductor's.
         spec: what is done to an element.
     """
-    w, batch_dims, block, whole = given.w, given.batch_dims, given.block, given.whole
-    tensors = (given.key, given.clock, given.learned)
+    w, batch_dims, whole = given.w, given.batch_dims, given.whole
+    tensors = (given.key, given.clock, given.learned, given.maxima)
     size = cpp_vector_size(w.get_device())
     if size is None or (whole and batch_dims > 1):
         return None
@@ -92,16 +148,21 @@ def sample(given: SampleArguments, spec: SampleSpec) -> Any:
     if shape is None or any(plain_shape(x) is None for x in tensors if x is not None):
         return None
     matrices, rows, cols = matrix_shape(shape, batch_dims)
-    chunk_cols = max(_CHUNK_COLS // block[1], 1) * block[1]
-    part = min(block[0], rows) * min(chunk_cols, cols)
-    if block[1] % size or cols % size or part > _MAX_PART:
+    block = clamped(given.block, rows, cols)
+    if block[1] % size or cols % size:
         return None
+    of_each_block = given.learned is not None and len(given.learned.get_size()) > 0
+    parts = _Parts.cut(rows, cols, block, given=given.block_maxima is not None, few_rows=not of_each_block)
+    if parts is None:
+        return None
+    maxima = given.block_maxima
+    if parts.given and maxima is None and spec.block_values:
+        maxima = ElementLoops(w, batch_dims, given.block).maximum_bits()
     constants: dict[str, str] = {}
     of_block = _of_block(spec, constants)
-    panel_rows = min(block[0], rows)
-    heights = {panel_rows, rows % block[0] or panel_rows}
+    heights = {min(parts.rows, rows), rows % parts.rows or min(parts.rows, rows)}
     elements = [
-        _of_elements(spec, count, constants)
+        _of_elements(spec, count, constants, by_row=parts.blocks_down > 1)
         for count, needed in (
             (_ROWS, any(height >= _ROWS for height in heights)),
             (1, any(height % _ROWS for height in heights)),
@@ -110,7 +171,14 @@ def sample(given: SampleArguments, spec: SampleSpec) -> Any:
     ]
     whole_rows, whole_cols, index_offset = _in_whole(shape, batch_dims, *given.part)
     return cpp_kernel(
-        {"w": w, "key": given.key, "clock": given.clock, "learned_ptr": given.learned},
+        {
+            "w": w,
+            "key": given.key,
+            "clock": given.clock,
+            "learned_ptr": given.learned,
+            "block_maxima": maxima if spec.block_values else None,
+            "matrix_maxima": given.matrix_maxima if spec.block_values else None,
+        },
         shape,
         given.out_dtype or spec.dtype,
         _template().render,
@@ -121,13 +189,13 @@ def sample(given: SampleArguments, spec: SampleSpec) -> Any:
         matrices=matrices,
         rows=rows,
         cols=cols,
-        block_rows=block[0],
-        block_cols=block[1],
-        panels=-(-rows // block[0]),
+        part=parts,
+        panels=-(-rows // parts.rows),
+        chunks=-(-cols // parts.cols),
+        blocks_below=-(-rows // block[0]),
         block_columns=-(-cols // block[1]),
-        chunks=-(-cols // chunk_cols),
-        chunk_cols=chunk_cols,
         learned_dims=len(given.learned.get_size()) if given.learned is not None else None,
+        matrix_maxima=given.matrix_maxima is not None,
         whole_rows=whole_rows,
         whole_cols=whole_cols,
         index_offset=index_offset,
@@ -145,24 +213,27 @@ def _in_whole(
 
 
 _KEY = ("key0", "key1")
-_CLOCK = ("step", "enabled", "frozen")
+_CLOCK = ("step", "enabled", "frozen", "scheduled")
 """The variables of the words of key and clock."""
 
 
 def _of_block(spec: SampleSpec, constants: dict[str, str]) -> _OfBlock:
     p = CppPrimitives(constants)
-    operands = spec.of_block(p, lambda: ("amax",), lambda: ("learned",), lambda word: (_CLOCK[word],))
+    operands = spec.of_block(
+        p, lambda: ("amax",), lambda: ("learned",), lambda word: (_CLOCK[word],), lambda: ("matrix_maximum",)
+    )
     values = {name: operand() for name, operand in operands.items()}
     types = {name: _TYPES[spec.block_values[name]] for name in values}
     return _OfBlock(p.statements, {name: variable for name, (variable,) in values.items()}, types)
 
 
-def _of_elements(spec: SampleSpec, rows: int, constants: dict[str, str]) -> _Elements:
+def _of_elements(spec: SampleSpec, rows: int, constants: dict[str, str], *, by_row: bool) -> _Elements:
+    """Those of so many rows side by side, which lie in one block or, ``by_row``, each in one of its own."""
     p = CppPrimitives(constants)
     sampled = spec.of_element(
         p,
         tuple(f"w{row}" for row in range(rows)),
-        lambda name: (name,),
+        lambda name: tuple(f"{name}{row}" for row in range(rows if by_row else 1)),
         lambda: tuple(f"element{row}" for row in range(rows)),
         lambda word: (_KEY[word],),
         lambda word: (_CLOCK[word],),

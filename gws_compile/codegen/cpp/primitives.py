@@ -86,6 +86,9 @@ class CppPrimitives:
     def fmul(self, x: Value, y: Value) -> Value:
         return self._write("{} * {}", self._float(x), self._float(y))
 
+    def fdiv(self, x: Value, y: Value) -> Value:
+        return self._write("{} / {}", self._float(x), self._float(y))
+
     def fselect(self, mask: Value, x: Value, y: Value) -> Value:
         return self.bits_float(self.iselect(mask, self.float_bits(self._float(x)), self.float_bits(self._float(y))))
 

@@ -1,0 +1,76 @@
+"""The block scale of NVFP4, in two levels: e4m3 for each block, and float32 for the whole matrix.
+
+    S_enc = min(2688 / A, 2**116)            A the maximum of the matrix, 2688 = 448 * 6; 1 where A is 0
+    S_b   = e4m3(min(a * (S_enc * (1/6)), 448))            a the block maximum
+    q     = e2m1(w * (1 / (S_b * (1 / S_enc))))            saturated at +-6
+    w_hat = q * X,  X = S_b / S_enc
+
+Sources: "Pretraining Large Language Models with NVFP4" (arXiv 2509.25149), and the order of the float32 operations of
+TransformerEngine's reference quantizer, with which codes and scales agree bit for bit. That one has float32's largest
+value for 2**116: then the scales of a matrix whose maximum is below 3.2e-32 are subnormal, and depend on a device's mode
+of flushing those to zero. Here they do not.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .cast import round_scaled
+from .division import divide
+from .float32 import EXPONENT, MAGNITUDE, bits_float32, float32_bits, nearest_float32
+from .formats import FORMATS
+from .primitives import Primitives, Value
+from .scales import broken_block, largest_scale_bits
+
+ELEMENT = FORMATS["fp4_e2m1"]
+"""The format of the elements."""
+
+_STORED = FORMATS["fp8_e4m3"]
+"""The format of S_b."""
+
+_LARGEST_ENCODE = 2.0**116
+_SIXTH = nearest_float32(1 / ELEMENT.max)
+_ZERO = 0
+
+
+def encode_scale(p: Primitives, matrix_maximum: Value) -> Value:
+    """``S_enc``, float32, from the maximum over the matrix (over its blocks without NaN and Inf), float32."""
+    bits = p.float_bits(matrix_maximum)
+    smallest = ELEMENT.max * _STORED.max / _LARGEST_ENCODE
+    encode = divide(p, ELEMENT.max * _STORED.max, p.bits_float(p.imax(bits, float32_bits(smallest))))
+    return p.fselect(p.ilt(_ZERO, bits), encode, 1.0)
+
+
+def stored_scale(p: Primitives, amax: Value, encode: Value) -> Value:
+    """``S_b``, a float32 value on e4m3's grid, 0 or more; whatever it is in a block with a NaN or an Inf.
+
+    Args:
+        p: the operations to write it in.
+        amax: float32 block maximum.
+        encode: ``S_enc``.
+    """
+    scaled = p.fmul(amax, p.fmul(encode, _SIXTH))
+    bits = p.imin(p.iand(p.float_bits(scaled), MAGNITUDE), float32_bits(_STORED.max))
+    return p.bits_float(round_scaled(p, bits, _STORED))
+
+
+def nvfp4_scale(p: Primitives, amax: Value, matrix_maximum: Value, dtype: torch.dtype) -> tuple[Value, Value]:
+    """What `cast` needs to know of a block: what elements are multiplied by, and X, NaN where the block is broken.
+
+    In a block so small that ``S_b`` is 0 every value is 0, and the codes are those of the reference: saturated.
+
+    Args:
+        p: the operations to write it in.
+        amax: float32 block maximum.
+        matrix_maximum: as of `encode_scale`.
+        dtype: the weight's.
+    """
+    encode = encode_scale(p, matrix_maximum)
+    stored = stored_scale(p, amax, encode)
+    empty = p.ilt(p.float_bits(stored), 1)
+    divisor = p.fselect(empty, 1.0, stored)
+    inverse = divide(p, 1.0, p.fmul(divisor, divide(p, 1.0, encode)))
+    x_bits = p.imin(p.float_bits(divide(p, divisor, encode)), largest_scale_bits(ELEMENT.max, dtype))
+    x_bits = p.iselect(empty, 0, x_bits)
+    inverse = p.fselect(empty, bits_float32(EXPONENT - 1), inverse)
+    return inverse, p.bits_float(broken_block(p, amax, x_bits))

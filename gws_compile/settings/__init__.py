@@ -1,0 +1,1 @@
+"""What the settings of a backend consist of: those of a weight, rules by name, schedules, learned widths."""

@@ -1,0 +1,186 @@
+"""How one weight is sampled: `WeightSettings`, made and checked from what a user has given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from ..numerics.blocks import Block, check_block
+from ..numerics.elements import ElementFormat
+from ..numerics.integers import IntFormat
+from ..numerics.noise import NOISES, Noise
+from ..numerics.nvfp4 import ELEMENT as NVFP4_ELEMENT
+from ..numerics.presets import read_format
+from ..numerics.scales import SCALES, Scale
+from ..numerics.spec import SampleSpec
+from .learned_bits import LearnedBits, check_bits
+
+DEFAULT_FORMAT = "fp8_e4m3"
+DEFAULT_BLOCK = (32, 32)
+
+ScaleSetting = Scale | Literal["auto"]
+"""A rule of the block scale, or ``"auto"``: the preset's, ``"amax"`` for integers, ``"floor"`` for other formats."""
+
+
+@dataclass(frozen=True)
+class GivenSettings:
+    """What a user has given of a weight's settings; what is left out follows from the format.
+
+    Attributes:
+        fmt: a name, or a format; None for the default.
+        noise: law of R.
+        bits: a number, `LearnedBits`, or None for the format's own width.
+        block: None for the preset's, or 32 x 32.
+        scale: `ScaleSetting`.
+    """
+
+    fmt: str | ElementFormat | None
+    noise: Noise
+    bits: float | LearnedBits | None
+    block: Block | None
+    scale: ScaleSetting
+
+
+@dataclass(frozen=True)
+class WeightSettings:
+    """How a weight is sampled.
+
+    Attributes:
+        fmt: element format of the cast; with learned widths, that of training.
+        noise: law of R.
+        bits: bit width b of the noise; with learned widths, or where a schedule moves it, the width that the format
+            stands for, which has no meaning.
+        learned: the learned widths; None for a fixed one.
+        scheduled: a schedule moves the width.
+        block: rows and columns that share a maximum and a scale.
+        scale: rule of the block scale.
+        preset: the name that stood for format, block and scale; empty where none did.
+    """
+
+    fmt: ElementFormat
+    noise: Noise
+    bits: float
+    learned: LearnedBits | None
+    scheduled: bool
+    block: Block
+    scale: Scale
+    preset: str = ""
+
+    @staticmethod
+    def make(given: GivenSettings, *, scheduled: bool = False) -> WeightSettings:
+        """Check what was given, and fill in the rest.
+
+        Args:
+            given: what was given.
+            scheduled: a schedule moves the width.
+
+        Raises:
+            ValueError: a bad value, or values that contradict one another; the message names them.
+        """
+        check_choice("noise", given.noise, NOISES)
+        learned = given.bits if isinstance(given.bits, LearnedBits) else None
+        text = given.fmt
+        if text is None:
+            text = DEFAULT_FORMAT if learned is None else learned.widest
+        fmt, preset = read_format(text)
+        check_choice("scale", given.scale, (*SCALES, "auto"))
+        scale: Any = given.scale
+        if scale == "auto":
+            scale = preset.scale if preset is not None else "amax" if isinstance(fmt, IntFormat) else "floor"
+        block: Any = given.block
+        if block is None:
+            block = DEFAULT_BLOCK if preset is None else preset.block
+        block = check_block(block)
+        if preset is not None:
+            preset.check(block, scale)
+        _check_scale(scale, fmt)
+        if learned is not None:
+            _check_learned(learned, fmt, given.noise, scale)
+        bits = fmt.noise_bits if given.bits is None or isinstance(given.bits, LearnedBits) else given.bits
+        bits = check_bits("bits", bits)
+        check_bits_of(fmt, "bits", bits)
+        return WeightSettings(
+            fmt=fmt,
+            noise=given.noise,
+            bits=bits,
+            learned=learned,
+            scheduled=scheduled and learned is None,
+            block=block,
+            scale=scale,
+            preset="" if preset is None else preset.name,
+        )
+
+    @property
+    def name(self) -> str:
+        """The preset, or the element format, as reports call it."""
+        return self.preset or self.fmt.name
+
+    @property
+    def block_text(self) -> str:
+        """``"32 x 32"``; ``"row"`` and ``"all"`` for sides as long as the matrix."""
+        rows, cols = self.block
+        if cols is None:
+            return {None: "matrix", 1: "row"}.get(rows, f"{rows} x all")
+        return f"{rows or 'all'} x {cols}"
+
+    @property
+    def grid_text(self) -> str:
+        """Format, block and scale, as a saved state names them."""
+        rows, cols = self.block
+        return f"{self.fmt.spec} {rows or 'all'}x{cols or 'all'} {self.scale or 'none'}"
+
+    def sample_spec(self, dtype: torch.dtype) -> SampleSpec:
+        """How a weight of this dtype is sampled in training."""
+        rule = None if self.learned is None else self.learned.rule
+        bits = None if self.scheduled or self.learned is not None else self.bits
+        return SampleSpec(self.fmt, self.noise, bits, self.scale, rule, dtype)
+
+
+def check_bits_of(fmt: ElementFormat, name: str, bits: float) -> None:
+    """Hold a bit width to an integer format, whose noise would not reach another level.
+
+    Raises:
+        ValueError: it is above the format's bits.
+    """
+    if isinstance(fmt, IntFormat) and bits > fmt.bits:
+        raise ValueError(
+            f"with {fmt.name} {name} must be from 2 to {fmt.bits}, got {bits:g}: narrower noise stays below half a level"
+        )
+
+
+def _check_scale(scale: Scale, fmt: ElementFormat) -> None:
+    if scale == "nvfp4" and fmt != NVFP4_ELEMENT:
+        raise ValueError(f"scale='nvfp4' is that of {NVFP4_ELEMENT.name} elements, got fmt={fmt.name!r}")
+    if scale is None and isinstance(fmt, IntFormat):
+        raise ValueError(
+            f"{fmt.name} needs a block scale: scale must be 'amax', 'floor' or 'ceil', got None"
+        )
+
+
+def _check_learned(learned: LearnedBits, fmt: ElementFormat, noise: Noise, scale: Scale) -> None:
+    if noise == "none":
+        raise ValueError("bits=LearnedBits(...) learns from the noise: noise must not be 'none'")
+    if fmt.mantissa_bits > 22:
+        raise ValueError(f"with bits=LearnedBits(...) fmt has at most 22 mantissa bits, got {fmt.name}")
+    if scale == "nvfp4":
+        raise ValueError("scale='nvfp4' is of one format: with bits=LearnedBits(...) use 'floor', 'ceil' or 'amax'")
+    integers = [one.name for one in learned.rule.formats if isinstance(one, IntFormat)]
+    if scale is None and integers:
+        raise ValueError(
+            f"LearnedBits.formats has {', '.join(integers)}, which needs a block scale, got scale=None"
+        )
+    check_bits_of(fmt, "LearnedBits.max", learned.max)
+
+
+def check_choice(name: str, value: object, accepted: Iterable[object]) -> None:
+    """Hold a setting to the values that are accepted.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    choices = tuple(accepted)
+    if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
