@@ -122,13 +122,13 @@ def call(case: Case) -> Call:
     """The call to compile, on large tensors that take no memory."""
     x = torch.empty(16, case.cols, dtype=torch.bfloat16, device="meta")
     w = torch.empty(case.rows, case.cols, dtype=case.dtype, device="meta")
-    source = (torch.zeros(2, dtype=torch.int32), torch.zeros(3, dtype=torch.int32))
+    source = (torch.zeros(2, dtype=torch.int32), torch.zeros(4, dtype=torch.int32))
     fmt = FloatFormat.parse(case.fmt)
     settings = (fmt.spec, fmt.noise_bits, case.noise, (BLOCK, BLOCK), "floor")
     learned = torch.ones(case.rows // BLOCK, case.cols // BLOCK) if case.learned else None
     rule = LearnedBits().rule.spec if case.learned else ""
     out_dtype = torch.bfloat16 if case.inside and case.dtype != torch.bfloat16 else None
-    rest = (learned, rule, (), (), out_dtype)
+    rest = (learned, rule, (), (), None, out_dtype)
     return Call(linear, (x, w, (None, None) if case.noise == "none" else source, settings, rest), interpret=False)
 
 

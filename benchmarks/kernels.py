@@ -78,7 +78,7 @@ def sampler(case: Case, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
     key = clock = None
     if case.noise != "none":
         key = torch.tensor([11, -12], dtype=torch.int32, device=device)
-        clock = torch.tensor([7, -1, 0], dtype=torch.int32, device=device)
+        clock = torch.tensor([7, -1, 0, 0], dtype=torch.int32, device=device)
     spec, bits, noise, block = fmt.spec, fmt.noise_bits, case.noise, [BLOCK, BLOCK]
 
     def sample(w: torch.Tensor) -> torch.Tensor:
@@ -96,6 +96,7 @@ def sampler(case: Case, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
             "",
             [],
             [],
+            None,
             torch.bfloat16,
             True,
             OPERATOR_VERSION,

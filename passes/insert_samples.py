@@ -125,7 +125,9 @@ def _add_widths(gm: fx.GraphModule, weight: Weight, number: int) -> fx.Node:
     assert settings.learned is not None
     local = weight.shape if weight.shard is None else weight.shard.local
     # Of a block that is longer than the weight, that of the whole weight says so.
-    sides = clamped(settings.block, *matrix_shape(weight.shape if weight.shard is None else weight.shard.whole, dims)[1:])
+    sides = clamped(
+        settings.block, *matrix_shape(weight.shape if weight.shard is None else weight.shard.whole, dims)[1:]
+    )
     shape = parameter_shape(*matrix_shape(local, dims), sides, settings.learned.granularity)
     parameter = torch.ones(shape, dtype=torch.float32, device=weight.device, requires_grad=True)
     return add_placeholder(gm.graph, f"gws_bits_{number}", fake_like(parameter, example_value(weight.node)))
@@ -283,16 +285,13 @@ class _Inserter:
             made.meta["example_value"] = example
         return found
 
-    def _arguments(
-        self, weight: Weight, held: fx.Node, maxima: fx.Node | None, inputs: _Inputs
-    ) -> SampleArguments:
+    def _arguments(self, weight: Weight, held: fx.Node, maxima: fx.Node | None, inputs: _Inputs) -> SampleArguments:
         settings, shard = weight.sampled_as, weight.shard
         learned = settings.learned if inputs.widths is not None else None
         return SampleArguments(
             w=held,
             key=inputs.key,
             clock=inputs.clock,
-            maxima=maxima,
             batch_dims=weight.reads[0].batch_dims,
             fmt=settings.fmt.spec,
             bits=None if settings.scheduled and inputs.clock is not None else settings.bits,
@@ -303,6 +302,7 @@ class _Inserter:
             rule=learned.rule.spec if learned is not None else "",
             whole=[] if shard is None else list(shard.whole),
             offset=[] if shard is None else list(shard.offset),
+            maxima=maxima,
             out_dtype=None,
             keep=self._config.backward == "save",
         )

@@ -14,7 +14,7 @@ from .weights import Use, Weight
 
 
 def select_weights(rewrite: Rewrite, *, config: Config) -> None:
-    """Say how each weight is sampled, `Weight.settings`, or why it is left alone, `Weight.reason`; which reads get noise.
+    """Say how each weight is sampled, `Weight.settings`, or why not, `Weight.reason`; and which reads get noise.
 
     Noise is for reads by which a weight is trained: frozen weights get the cast alone, and so does a read through which
     no gradient flows to its weight.

@@ -13,11 +13,14 @@ from gws_compile.config import Config, Settings
     ("settings", "message"),
     [
         ({"fmt": "fp8_e4m4"}, r"'fp8_e4m4' says 8 bits, but e4m4 has 1 \+ 4 \+ 4 = 9"),
-        ({"fmt": "int8"}, r"unknown format 'int8'; accepted: fp4_e2m1, .*any 'eXmY'"),
+        (
+            {"fmt": "int8x"},
+            r"unknown format 'int8x'; accepted: fp4_e2m1, .*any 'eXmY'.*'int2' to 'int8'.*preset: mxfp8, ",
+        ),
         ({"fmt": 8}, "unknown format 8; accepted"),
         ({"noise": "gaussian"}, "noise must be one of 'rounded_normal', 'uniform', 'none', got 'gaussian'"),
         ({"noise": None}, "noise must be one of .*, got None"),
-        ({"scale": "round"}, "scale must be one of 'floor', 'ceil', None, got 'round'"),
+        ({"scale": "round"}, "scale must be one of 'floor', 'ceil', 'amax', 'nvfp4', None, 'auto', got 'round'"),
         ({"resample": "epoch"}, "resample must be one of 'step', 'forward', got 'epoch'"),
         ({"backward": "keep"}, "backward must be one of 'save', 'recompute', got 'keep'"),
         ({"inner": "nvfuser"}, "inner must be one of 'inductor', 'aot_eager', 'eager' or a callable, got 'nvfuser'"),
@@ -26,7 +29,10 @@ from gws_compile.config import Config, Settings
         ({"bits": float("nan")}, "bits must be a number from 2 to 24, got nan"),
         ({"bits": True}, "bits must be a number from 2 to 24, got True"),
         ({"bits": "5"}, "bits must be a number from 2 to 24, got '5'"),
-        ({"block": ()}, r"block must be two positive ints \(rows, columns\), such as \(32, 32\), got \(\)"),
+        (
+            {"block": ()},
+            r"block must be two positive ints \(rows, columns\), such as \(32, 32\), .*\(1, None\) .*, got \(\)",
+        ),
         ({"block": (0, 32)}, r"block must be two positive ints .*, got \(0, 32\)"),
         ({"block": (32, -1)}, r"block must be two positive ints .*, got \(32, -1\)"),
         ({"block": 32}, "block must be two positive ints .*, got 32"),

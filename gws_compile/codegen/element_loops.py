@@ -41,11 +41,12 @@ class ElementLoops(Loops):
 
         def magnitude(index: Index) -> Value:
             value = ops.abs(self.load(index))
-            return ops.where(ops.lt(value, ops.constant(math.inf, torch.float32)), value, ops.constant(0.0, torch.float32))
+            if not finite:
+                return value
+            infinity, zero = (ops.constant(number, torch.float32) for number in (math.inf, 0.0))
+            return ops.where(ops.lt(value, infinity), value, zero)
 
-        largest = self.reduced(
-            "max", magnitude if finite else lambda index: ops.abs(self.load(index)), torch.float32
-        ).make_loader()
+        largest = self.reduce("max", magnitude, torch.float32)
         return self.stored_tensor(lambda block: self.p.float_bits(largest(block)), torch.int32)
 
     def block_of(self, index: Index) -> Index:

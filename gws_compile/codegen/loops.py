@@ -71,7 +71,7 @@ class Loops(ABC):
 
     @abstractmethod
     def reduced(self, kind: str, value: Loader, dtype: torch.dtype) -> Any:
-        """The ``"max"`` or ``"sum"`` over each block of a value of each element: a stored tensor of shape ``blocks``."""
+        """The ``"max"`` or ``"sum"`` over each block of a value of each element: a stored tensor, shaped ``blocks``."""
 
     @abstractmethod
     def store(self, element: Loader, out_dtype: torch.dtype) -> Any:

@@ -87,9 +87,9 @@ def _from_variables(variables: tuple[tuple[str, str], ...]) -> tuple[tuple[str, 
 def from_file(path: str | Path) -> dict[str, Any]:
     """The settings in a TOML file: its keys are the arguments of `gws_compile.backend`.
 
-    A table ``[bits]`` holds the arguments of `LearnedBits`, ``[schedule]`` those of `Schedule`; each table ``[[rules]]``
-    has a ``match``, a glob or a list of them, and settings, or ``fmt = "none"``. Text stands for what it does in the
-    environment.
+    A table ``[bits]`` holds the arguments of `LearnedBits`, ``[schedule]`` those of `Schedule`; each table
+    ``[[rules]]`` has a ``match``, a glob or a list of them, and settings, or ``fmt = "none"``. Text stands for what it
+    does in the environment.
 
     Raises:
         ValueError: no TOML, an unknown key, or a bad value. OSError: no such file.
@@ -223,7 +223,11 @@ def _bits(text: str) -> Any:
 
 def _block(text: str) -> Any:
     sides = [side.strip() for side in re.split(r"[x,]", text.strip("()[] "))]
-    return tuple(int(side) if side.isdecimal() else None if side.lower() in ("all", "none") else side for side in sides)
+    return tuple(int(side) if side.isdecimal() else _side(side) for side in sides)
+
+
+def _side(side: Any) -> Any:
+    return None if side in ("all", "none") else side
 
 
 def _globs(text: str) -> tuple[str, ...] | str:
@@ -250,7 +254,9 @@ _TABLES: dict[str, Callable[[Any], Any]] = {
     "bits": lambda value: _learned_bits(value) if isinstance(value, dict) else value,
     "schedule": lambda value: _schedule_of(value) if isinstance(value, dict) else value,
     "rules": _rules_of,
-    "block": lambda value: tuple(None if side == "all" else side for side in value) if isinstance(value, list) else value,
+    "block": lambda value: (
+        tuple(None if side == "all" else side for side in value) if isinstance(value, list) else value
+    ),
 }
 """What a TOML file holds that is no text."""
 

@@ -290,8 +290,8 @@ class Backend:
 
         Raises:
             ValueError: the state is of another seed or format, of other rules, or of a model whose weights have other
-                shapes; where the weights are not known yet, the last is raised by the first forward. Or something in it is of the wrong
-                kind, shape or range, or not finite.
+                shapes; where the weights are not known yet, the last is raised by the first forward. Or something in it
+                is of the wrong kind, shape or range, or not finite.
         """
         saved = SavedState.read(state, self.config)
         if self._learned is not None and saved.widths is not None:

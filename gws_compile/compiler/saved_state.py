@@ -62,9 +62,9 @@ class SavedState:
         An int may also be a 0-d tensor or an integer of numpy, which checkpoints make of it.
 
         Raises:
-            ValueError: it is no state, or not one of this seed, format and these rules, or a value in it is of the wrong kind, out
-                of range, not finite, or of a shape that no such weight has. The message names key and value, and what
-                is accepted.
+            ValueError: it is no state, or not one of this seed, format and these rules, or a value in it is of the
+                wrong kind, out of range, not finite, or of a shape that no such weight has. The message names key and
+                value, and what is accepted.
         """
         if not isinstance(raw, Mapping):
             raise ValueError(f"not a state of gws_compile: it must be a mapping of its keys, got {_shown(raw)}")
@@ -172,7 +172,8 @@ def _widths(
     for name, shape in shapes.items():
         # How many leading dims count matrices is said by the graph that reads the weight.
         accepted = {
-            parameter_shape(*matrix_shape(shape, dims), blocks[name], learned.granularity) for dims in range(len(shape) - 1)
+            parameter_shape(*matrix_shape(shape, dims), blocks[name], learned.granularity)
+            for dims in range(len(shape) - 1)
         }
         if tuple(read[name].shape) not in accepted:
             raise ValueError(

@@ -138,9 +138,7 @@ class WidthParameters:
                 widths.elements = widths.elements.to(weight.device)
         return widths.parameter
 
-    def _get_or_make(
-        self, name: str, weight: torch.Tensor, slot: Slot, batch_dims: int, block: Block
-    ) -> WeightWidths:
+    def _get_or_make(self, name: str, weight: torch.Tensor, slot: Slot, batch_dims: int, block: Block) -> WeightWidths:
         known = self.by_name.get(name)
         shape = tuple(weight.shape)
         if known is not None:

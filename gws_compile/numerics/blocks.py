@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 
-
 Block = tuple[int | None, int | None]
 """Rows and columns of a block; None for all of a matrix."""
 
@@ -22,7 +21,7 @@ def check_block(block: object) -> Block:
     if len(sides) != 2 or not all(map(_is_side, sides)):
         raise ValueError(
             "block must be two positive ints (rows, columns), such as (32, 32), or None for a whole side: (1, None) is "
-            f"a row, (None, None) the whole matrix; got {block!r}"
+            f"a row, (None, None) the matrix, got {block!r}"
         )
     return sides[0], sides[1]
 

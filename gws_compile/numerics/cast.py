@@ -68,7 +68,7 @@ def round_scaled(p: Primitives, magnitude: Value, fmt: ElementFormat) -> Value:
     """Round the bits of ``|y| / X``: adding and subtracting ``c = 2**(e + 23 - M)`` leaves M bits behind exponent e.
 
     ``e`` is that of the value, not below the format's smallest normal exponent. Both sums stay below ``2 c`` because
-    ``M <= 22``; the value comes saturated, so ``c`` does not overflow. For an integer format it is ``2**23`` throughout.
+    ``M <= 22``; the value comes saturated, so ``c`` does not overflow. For an integer format ``c`` is ``2**23``.
     """
     m = fmt.mantissa_bits
     smallest = float32_bits(fmt.min_normal)

@@ -1,8 +1,9 @@
 """The quotient of two floats, rounded to nearest on every device.
 
 A CPU divides so. A GPU's own division is off by up to two units in the last place (``div.full.f32``, which Triton
-writes for ``/``), and where the divisor is a constant, eager torch on a GPU multiplies by its reciprocal. So the quotient
-that a device gives is a first guess: what is left over is computed in integers, exactly, and moves it to the nearest.
+writes for ``/``), and where the divisor is a constant, eager torch on a GPU multiplies by its reciprocal. So the
+quotient that a device gives is a first guess: what is left over is computed in integers, exactly, and moves it to the
+nearest.
 """
 
 from __future__ import annotations

@@ -87,9 +87,7 @@ def _grid(p: Primitives, amax: Value, fmt: ElementFormat, scale: str | None, dty
     exact = scale == "amax"
     if fmt.scaled and exact:
         inverse, scale_x = amax_scale(p, amax, fmt, dtype)
-        return Grid(
-            p.float_bits(scale_x), largest, float32_bits(fmt.min_normal), shift, inverse=p.float_bits(inverse)
-        )
+        return Grid(p.float_bits(scale_x), largest, float32_bits(fmt.min_normal), shift, inverse=p.float_bits(inverse))
     if fmt.scaled:
         x = scale_bits(p, amax, fmt, scale, dtype) if scale is not None else 127 << 23
         return Grid(x, largest, float32_bits(fmt.min_normal), shift)

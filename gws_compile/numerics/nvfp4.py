@@ -7,8 +7,8 @@
 
 Sources: "Pretraining Large Language Models with NVFP4" (arXiv 2509.25149), and the order of the float32 operations of
 TransformerEngine's reference quantizer, with which codes and scales agree bit for bit. That one has float32's largest
-value for 2**116: then the scales of a matrix whose maximum is below 3.2e-32 are subnormal, and depend on a device's mode
-of flushing those to zero. Here they do not.
+value for 2**116: then the scales of a matrix whose maximum is below 3.2e-32 are subnormal, and depend on a device's
+mode of flushing those to zero. Here they do not.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class ShardRange:
         if self.local[first + 1 :] != self.whole[first + 1 :] and sides[1] < columns[2]:
             return f"dim {first + 1} or a later one is sharded, inside the columns of its blocks"
         for what, (start, size, total), side in zip(("rows", "columns"), (rows, columns), sides, strict=True):
-            if side < total and start % side or (side < total and start + size < total and (start + size) % side):
+            if (side < total and start % side) or (side < total and start + size < total and (start + size) % side):
                 return f"{what} {start} to {start + size} of {total} lie here, and a block has {side}"
         return None
 

@@ -72,9 +72,7 @@ def sample_eager(
     return torch.empty_like(w).copy_(result.to(w.dtype).view(w.shape))
 
 
-def _block_maxima(
-    matrices: torch.Tensor, block: Sequence[int | None], maxima: torch.Tensor | None
-) -> torch.Tensor:
+def _block_maxima(matrices: torch.Tensor, block: Sequence[int | None], maxima: torch.Tensor | None) -> torch.Tensor:
     return block_maximum(matrices, block) if maxima is None else maxima.view(torch.float32)
 
 

@@ -62,7 +62,6 @@ class SampleArguments(_Arguments):
     w: Any
     key: Any
     clock: Any
-    maxima: Any
     batch_dims: int
     fmt: str
     bits: float | None
@@ -73,6 +72,7 @@ class SampleArguments(_Arguments):
     rule: str
     whole: Sequence[int]
     offset: Sequence[int]
+    maxima: Any
     out_dtype: torch.dtype | None
     keep: bool
     version: int = field(default_factory=lambda: OPERATOR_VERSION)
@@ -128,7 +128,6 @@ class BitsGradientArguments(_Arguments):
     w: Any
     key: Any
     clock: Any
-    maxima: Any
     learned: Any
     batch_dims: int
     noise: str
@@ -136,6 +135,7 @@ class BitsGradientArguments(_Arguments):
     rule: str
     whole: Sequence[int]
     offset: Sequence[int]
+    maxima: Any
     version: int = field(default_factory=lambda: OPERATOR_VERSION)
 
     @staticmethod

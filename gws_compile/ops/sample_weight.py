@@ -29,7 +29,6 @@ def sample_weight(
     w: torch.Tensor,
     key: torch.Tensor | None,
     clock: torch.Tensor | None,
-    maxima: torch.Tensor | None,
     batch_dims: int,
     fmt: str,
     bits: float | None,
@@ -40,6 +39,7 @@ def sample_weight(
     rule: str,
     whole: list[int],
     offset: list[int],
+    maxima: torch.Tensor | None,
     out_dtype: torch.dtype | None,
     keep: bool,
     version: int,
@@ -53,9 +53,6 @@ def sample_weight(
         clock: int32, (4,): the number of the draw; -1 to draw or 0 to cast ``w`` as it is; -1 where learned widths are
             frozen, else 0; the bits of the float32 ``2**(1 - b)`` where a schedule moves the width b, else 0. None
             likewise.
-        maxima: int32, what of `weight_maximum` this call cannot compute, since ``w`` is one rank's part: of the blocks,
-            (matrices, block rows, block columns), where they are as long as the weight; of the matrices,
-            (matrices, 1, 1), for the scale ``"nvfp4"``. None where it has all it needs.
         batch_dims: see `gws_compile.numerics.blocks.matrix_shape`.
         fmt: the ``spec`` of the element format.
         bits: bit width b of the noise amplitude; None where the clock says it.
@@ -68,6 +65,9 @@ def sample_weight(
             without noise, and with frozen widths, to the format that the block's width stands for.
         whole: shape of the weight of which ``w`` is one rank's part; empty where it is whole.
         offset: index of the part's first element in the whole weight; empty likewise.
+        maxima: int32, what of `weight_maximum` this call cannot compute, since ``w`` is one rank's part: of the blocks,
+            (matrices, block rows, block columns), where they are as long as the weight; of the matrices,
+            (matrices, 1, 1), for the scale ``"nvfp4"``. None where it has all it needs.
         out_dtype: what the reads would convert the sample to, such as bfloat16 under autocast: the sample comes in this
             dtype, its values the same as if converted behind the operator. The weight's own when None.
         keep: whether backward keeps the sample, or computes it again. It changes no value: the mark that makes the
@@ -81,7 +81,6 @@ def sample_weight(
         w,
         key,
         clock,
-        maxima,
         batch_dims,
         fmt,
         bits,
@@ -92,6 +91,7 @@ def sample_weight(
         rule,
         whole,
         offset,
+        maxima,
         out_dtype,
         keep,
         version,
@@ -142,7 +142,6 @@ def bits_gradient(
     w: torch.Tensor,
     key: torch.Tensor,
     clock: torch.Tensor,
-    maxima: torch.Tensor | None,
     learned: torch.Tensor,
     batch_dims: int,
     noise: str,
@@ -150,6 +149,7 @@ def bits_gradient(
     rule: str,
     whole: list[int],
     offset: list[int],
+    maxima: torch.Tensor | None,
     version: int,
 ) -> torch.Tensor:
     """Gradient of a learned width's parameter (arXiv 2505.11170): R is drawn again from its counter.
@@ -159,17 +159,15 @@ def bits_gradient(
 
     Args:
         grad: gradient of the sampled weight, of its shape.
-        w, key, clock, maxima, learned, batch_dims, noise, block, rule, whole, offset, version: of `sample_weight`.
+        w, key, clock, learned, batch_dims, noise, block, rule, whole, offset, maxima, version: of `sample_weight`.
 
     Returns:
         float32, shape of ``learned``.
     """
     spec = BitsGradientArguments(
-        grad, w, key, clock, maxima, learned, batch_dims, noise, block, rule, whole, offset, version
+        grad, w, key, clock, learned, batch_dims, noise, block, rule, whole, offset, maxima, version
     ).spec
-    return bits_gradient_eager(
-        grad, w, key, clock, learned, spec, batch_dims, block, whole, offset, maxima=maxima
-    )
+    return bits_gradient_eager(grad, w, key, clock, learned, spec, batch_dims, block, whole, offset, maxima=maxima)
 
 
 @bits_gradient.register_fake

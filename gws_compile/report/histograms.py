@@ -61,7 +61,7 @@ def histogram(weight: SampledWeight, parameter: torch.Tensor | None, state: Samp
     noise, noise_limit = None, 0.0
     if part.noisy is not None:
         # In float32 and on a grid that rounds next to nothing, the sample is the weight and its noise.
-        fine = replace(state, draw=state.draw._replace(frozen=False), fmt=_FINE)
+        fine = replace(state, draw=state.draw.with_trained_widths(), fmt=_FINE)
         unrounded = next(parts(replace(weight, dtype=torch.float32), parameter, fine, elements=_SAMPLED))
         assert unrounded.noisy is not None
         difference = unrounded.noisy - unrounded.w

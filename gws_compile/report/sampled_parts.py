@@ -40,7 +40,7 @@ class SamplingState:
     @property
     def clock(self) -> tuple[int, ...]:
         """The words of the clock."""
-        return clock_words(self.draw._replace(enabled=True), self.config.schedule or Schedule())
+        return clock_words(self.draw.with_noise(), self.config.schedule or Schedule())
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,9 @@ def _maxima(w: torch.Tensor, spec: SampleSpec, block: tuple[int, int], height: i
     """int32 bits of the maxima of the blocks, or of the matrices, of a whole weight, so many rows at a time."""
     finite = spec.needs_matrix_maximum
     sides = (0, 0) if finite else (0, block[1])
-    found = [maximum_eager(w[:, start : start + height], 1, sides, finite=finite) for start in range(0, w.shape[1], height)]
+    found = [
+        maximum_eager(w[:, start : start + height], 1, sides, finite=finite) for start in range(0, w.shape[1], height)
+    ]
     return torch.stack(found).amax(0)
 
 

@@ -29,6 +29,14 @@ class DrawState(NamedTuple):
         """The same with noise switched off."""
         return self._replace(enabled=False)
 
+    def with_noise(self) -> DrawState:
+        """The same with noise switched on."""
+        return self._replace(enabled=True)
+
+    def with_trained_widths(self) -> DrawState:
+        """The same with learned widths that are not fixed."""
+        return self._replace(frozen=False)
+
 
 def clock_words(state: DrawState, schedule: Schedule) -> tuple[int, int, int, int]:
     """The words of a clock.

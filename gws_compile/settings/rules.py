@@ -103,7 +103,9 @@ def _rule(number: int, one: object, base: GivenSettings, scheduled: bool) -> Rul
     if not given:
         raise ValueError(f"{where}: it says nothing; give some of {', '.join(KEYS)}, or None to leave weights alone")
     if isinstance(given.get("bits"), LearnedBits):
-        raise ValueError(f"{where}: bits must be a number or None; LearnedBits are for the whole backend, got LearnedBits")
+        raise ValueError(
+            f"{where}: bits must be a number or None; LearnedBits are for the whole backend, got LearnedBits"
+        )
     try:
         settings = WeightSettings.make(
             _over(base, given), scheduled=scheduled and "fmt" not in given and "bits" not in given
@@ -123,7 +125,7 @@ def _over(base: GivenSettings, given: Mapping[str, Any]) -> GivenSettings:
         noise=given.get("noise", base.noise),
         bits=bits,
         block=given.get("block", None if is_preset else base.block),
-        scale=given.get("scale", "auto" if is_preset or base.scale == "nvfp4" and own_format else base.scale),
+        scale=given.get("scale", "auto" if is_preset or (base.scale == "nvfp4" and own_format) else base.scale),
     )
 
 

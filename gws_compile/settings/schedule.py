@@ -19,9 +19,9 @@ class Schedule:
     Args:
         start: first draw that has noise; before it weights are cast alone.
         stop: first draw that has none any more; None for never.
-        bits: points ``(step, b)``, such as ``((0, 8.0), (1000, 5.0))``: the bit width is linear between two of them, and
-            constant before the first and behind the last. It is that of the backend's own format: weights to which a
-            rule gives a format or a width keep theirs. With `LearnedBits`, what `Backend.bit_loss` leads to: its
+        bits: points ``(step, b)``, such as ``((0, 8.0), (1000, 5.0))``: the bit width is linear between two of them,
+            and constant before the first and behind the last. It is that of the backend's own format: weights to which
+            a rule gives a format or a width keep theirs. With `LearnedBits`, what `Backend.bit_loss` leads to: its
             ``average`` where it has one, else its ``target``. None, (), for widths that do not move.
 
     Raises:

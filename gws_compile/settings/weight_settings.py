@@ -147,7 +147,7 @@ def check_bits_of(fmt: ElementFormat, name: str, bits: float) -> None:
     """
     if isinstance(fmt, IntFormat) and bits > fmt.bits:
         raise ValueError(
-            f"with {fmt.name} {name} must be from 2 to {fmt.bits}, got {bits:g}: narrower noise stays below half a level"
+            f"with {fmt.name} {name} must be from 2 to {fmt.bits}, got {bits:g}: less noise reaches no other level"
         )
 
 
@@ -155,9 +155,7 @@ def _check_scale(scale: Scale, fmt: ElementFormat) -> None:
     if scale == "nvfp4" and fmt != NVFP4_ELEMENT:
         raise ValueError(f"scale='nvfp4' is that of {NVFP4_ELEMENT.name} elements, got fmt={fmt.name!r}")
     if scale is None and isinstance(fmt, IntFormat):
-        raise ValueError(
-            f"{fmt.name} needs a block scale: scale must be 'amax', 'floor' or 'ceil', got None"
-        )
+        raise ValueError(f"{fmt.name} needs a block scale: scale must be 'amax', 'floor' or 'ceil', got None")
 
 
 def _check_learned(learned: LearnedBits, fmt: ElementFormat, noise: Noise, scale: Scale) -> None:
@@ -169,9 +167,7 @@ def _check_learned(learned: LearnedBits, fmt: ElementFormat, noise: Noise, scale
         raise ValueError("scale='nvfp4' is of one format: with bits=LearnedBits(...) use 'floor', 'ceil' or 'amax'")
     integers = [one.name for one in learned.rule.formats if isinstance(one, IntFormat)]
     if scale is None and integers:
-        raise ValueError(
-            f"LearnedBits.formats has {', '.join(integers)}, which needs a block scale, got scale=None"
-        )
+        raise ValueError(f"LearnedBits.formats has {', '.join(integers)}, which needs a block scale, got scale=None")
     check_bits_of(fmt, "LearnedBits.max", learned.max)
 
 

@@ -158,7 +158,7 @@ def test_weights_of_a_shape_share_a_kernel():
         pytest.param(lambda: (torch.randn(40, 70),), id="columns are no whole vectors"),
         pytest.param(lambda: (torch.randn(64, 96).t(),), id="strides"),
         pytest.param(lambda: (torch.randn(64, 96), {"block": (32, 4)}), id="narrow blocks"),
-        pytest.param(lambda: (torch.randn(512, 512), {"block": (512, 512)}), id="a block beyond the cache"),
+        pytest.param(lambda: (torch.randn(520, 1024), {"block": (520, 512)}), id="a block beyond the cache"),
     ],
 )
 def test_other_weights_take_loops(make):

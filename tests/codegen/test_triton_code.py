@@ -30,7 +30,7 @@ pytest.importorskip("triton")
 KEY = torch.tensor([123456789, -987654321], dtype=torch.int32)
 ON = torch.tensor([7, -1], dtype=torch.int32)
 OFF = torch.tensor([7, 0], dtype=torch.int32)
-LEARNING = torch.tensor([7, -1, 0], dtype=torch.int32)
+LEARNING = torch.tensor([7, -1, 0, 0], dtype=torch.int32)
 FROZEN = torch.tensor([7, -1, -1], dtype=torch.int32)
 RULE = gws_compile.LearnedBits().rule.spec
 BITS = {"e4m3": 5.0, "e2m1": 3.0, "e5m2": 4.0, "e8m7": 9.0, "e8m23": 24.0, "e7m23": 24.0}
@@ -55,7 +55,7 @@ def sample(
     shard: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
 ) -> torch.Tensor:
     weight = (w, key, clock, batch_dims)
-    rest = (None, "", *shard, out_dtype, True, OPERATOR_VERSION)
+    rest = (None, "", *shard, None, out_dtype, True, OPERATOR_VERSION)
     return torch.ops.gws.sample_weight(*weight, fmt, BITS[fmt], noise, block, scale, *rest)
 
 
@@ -71,12 +71,14 @@ def train_step(x: torch.Tensor, inner: str) -> list[torch.Tensor]:
 def learned(w: torch.Tensor, b: torch.Tensor, clock: torch.Tensor, noise: str) -> torch.Tensor:
     """A weight with learned widths, and the cast of autocast behind it."""
     return torch.ops.gws.sample_weight(
-        w, KEY, clock, 0, "e8m7", 0.0, noise, (32, 32), "floor", b, RULE, [], [], None, True, OPERATOR_VERSION
+        w, KEY, clock, 0, "e8m7", 0.0, noise, (32, 32), "floor", b, RULE, [], [], None, None, True, OPERATOR_VERSION
     ).to(torch.bfloat16)
 
 
 def bits_gradient(grad: torch.Tensor, w: torch.Tensor, b: torch.Tensor, noise: str) -> torch.Tensor:
-    return torch.ops.gws.bits_gradient(grad, w, KEY, LEARNING, b, 0, noise, (32, 32), RULE, [], [], OPERATOR_VERSION)
+    return torch.ops.gws.bits_gradient(
+        grad, w, KEY, LEARNING, b, 0, noise, (32, 32), RULE, [], [], None, OPERATOR_VERSION
+    )
 
 
 def extrema(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

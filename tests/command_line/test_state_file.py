@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from gws_compile import LearnedBits
 from gws_compile.command_line.state_file import StateFile
 from gws_compile.compiler.backend import Backend
-from gws_compile import LearnedBits
 from gws_compile.config import Config
 
 SCRIPT = """

@@ -29,13 +29,13 @@ KEY = torch.tensor(key_words(0, "w"), dtype=torch.int32)
 
 
 def sample(
-    w, parameter, rule, *, fmt="bf16", noise="none", clock=(0, 0, 0), block=(32, 32), scale="floor", batch_dims=0
+    w, parameter, rule, *, fmt="bf16", noise="none", clock=(0, 0, 0, 0), block=(32, 32), scale="floor", batch_dims=0
 ):
     key = None if noise == "none" else KEY
     clock = None if noise == "none" else torch.tensor(clock, dtype=torch.int32)
     return torch.ops.gws.sample_weight(
         w, key, clock, batch_dims, gws_compile.FloatFormat.parse(fmt).spec, 0.0, noise, list(block), scale,
-        parameter, rule.spec, [], [], None, True, OPERATOR_VERSION,
+        parameter, rule.spec, [], [], None, None, True, OPERATOR_VERSION,
     )  # fmt: skip
 
 
@@ -105,6 +105,7 @@ def test_compiled_equals_eager(noise):
             [],
             [],
             None,
+            None,
             True,
             OPERATOR_VERSION,
         )
@@ -166,7 +167,7 @@ def test_gradient_is_the_equation(noise, granularity):
     rule = LearnedBits(init=5.5, target=4.25).rule
 
     def run(weights, parameters):
-        clock = torch.tensor([9, -1, 0], dtype=torch.int32)
+        clock = torch.tensor([9, -1, 0, 0], dtype=torch.int32)
         return [
             torch.ops.gws.sample_weight(
                 w,
@@ -182,6 +183,7 @@ def test_gradient_is_the_equation(noise, granularity):
                 rule.spec,
                 [],
                 [],
+                None,
                 None,
                 True,
                 OPERATOR_VERSION,

@@ -11,7 +11,7 @@ from torch import fx
 import gws_compile.ops.sample_weight  # noqa: F401  registers the operators
 from gws_compile import LearnedBits
 from gws_compile.numerics.formats import FloatFormat
-from gws_compile.ops.sample_arguments import OPERATOR_VERSION, BitsGradientArguments, SampleArguments
+from gws_compile.ops.sample_arguments import OPERATOR_VERSION, BitsGradientArguments, MaximumArguments, SampleArguments
 
 RULE = LearnedBits().rule
 
@@ -34,6 +34,7 @@ def node():
     [
         (SampleArguments, torch.ops.gws.sample_weight.default),
         (BitsGradientArguments, torch.ops.gws.bits_gradient.default),
+        (MaximumArguments, torch.ops.gws.weight_maximum.default),
     ],
 )
 def test_the_tables_are_the_schemas(table, operator):

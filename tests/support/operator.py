@@ -6,7 +6,7 @@ import gws_compile.codegen.lowering  # noqa: F401  registers the lowerings
 from gws_compile.ops.sample_arguments import OPERATOR_VERSION
 
 KEY = torch.tensor([123456789, -987654321], dtype=torch.int32)
-CLOCK = torch.tensor([7, -1, 0], dtype=torch.int32)
+CLOCK = torch.tensor([7, -1, 0, 0], dtype=torch.int32)
 
 
 def arguments(
@@ -21,6 +21,7 @@ def arguments(
     learned=None,
     rule="",
     part=((), ()),
+    maxima=None,
     out_dtype=None,
     clock=CLOCK,
 ):
@@ -38,6 +39,7 @@ def arguments(
         learned,
         rule,
         *map(list, part),
+        maxima,
         out_dtype,
         True,
         OPERATOR_VERSION,
