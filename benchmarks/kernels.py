@@ -7,14 +7,16 @@ For each format, noise, weight dtype and shape:
     fused     the same with an elementwise reader, a change of sign, which takes Inductor's loops over the elements
     randn     the same noise by hand, as PyTorch code under Inductor: torch.randn, rounded, on the block maximum
     uniform   DiffQ's noise (arXiv 2104.09987) by hand likewise: torch.rand, on the block maximum
+    floor     where the scale is no power of two: the same with one, in blocks of 32 x 32
 
 The hand-written ones add noise and convert to bfloat16; they are on no narrower format's grid, so they do less. Each is
 timed writing to a fresh tensor (``fresh``), as a training step does, and to one that is there (``into``), which is an
-elementwise reader too. ``x cast`` is the median, over the
-rounds, of the time over that of ``cast``; ``GB/s`` counts what has to move: the weight once and the result once.
+elementwise reader too. ``x cast`` is the median, over the rounds, of the time over that of ``cast``, and ``x floor`` of
+that over ``floor``; ``GB/s`` counts what has to move: the weight once and the result once.
 
     python benchmarks/kernels.py                       # what the documentation shows
     python benchmarks/kernels.py --all --json k.json   # every format and noise
+    python benchmarks/kernels.py --presets             # what people train for: mxfp8, nvfp4, int4_group, ...
 
 On a CPU without a GPU the shapes are smaller. On a GPU inputs rotate, so that none is found in the cache.
 """
@@ -25,7 +27,8 @@ import argparse
 import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,9 +36,14 @@ from tabulate import tabulate
 from timing import Rotation, environment, interleaved, keep, ratio
 
 import gws_compile.codegen.lowering  # noqa: F401  registers the lowerings
-from gws_compile.numerics.formats import FORMATS, FloatFormat
+from gws_compile.config import Config
+from gws_compile.numerics.blocks import block_argument
+from gws_compile.numerics.formats import FORMATS
 from gws_compile.numerics.noise import NOISES
-from gws_compile.ops.sample_arguments import OPERATOR_VERSION
+from gws_compile.numerics.presets import PRESETS
+from gws_compile.numerics.scales import POWERS_OF_TWO
+from gws_compile.ops.sample_arguments import SampleArguments
+from gws_compile.settings.weight_settings import WeightSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHAPES = {"cuda": ("4096x4096", "4096x14336", "2304x768"), "cpu": ("4096x4096", "2304x768")}
@@ -61,6 +69,7 @@ class Timing:
         output: ``"fresh"`` or ``"into"``.
         seconds: median of a call.
         over_cast: median of its ratio to the cast of the same round and output.
+        over_floor: the same to power-of-two scales; None where the scales are that.
         bandwidth: bytes that have to move, a second.
     """
 
@@ -69,38 +78,48 @@ class Timing:
     output: str
     seconds: float
     over_cast: float
+    over_floor: float | None
     bandwidth: float
 
 
-def sampler(case: Case, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
+def settings_of(case: Case) -> WeightSettings:
+    """How the weight of a case is sampled."""
+    return Config.make(case.fmt, noise=case.noise).weights
+
+
+def with_floor(settings: WeightSettings) -> WeightSettings:
+    """The same elements with power-of-two scales in square blocks."""
+    return replace(settings, block=(BLOCK, BLOCK), scale="floor")
+
+
+def sampler(settings: WeightSettings, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """The operator as the backend calls it under bf16 autocast."""
-    fmt = FloatFormat.parse(case.fmt)
     key = clock = None
-    if case.noise != "none":
+    if settings.noise != "none":
         key = torch.tensor([11, -12], dtype=torch.int32, device=device)
         clock = torch.tensor([7, -1, 0, 0], dtype=torch.int32, device=device)
-    spec, bits, noise, block = fmt.spec, fmt.noise_bits, case.noise, [BLOCK, BLOCK]
+    given = SampleArguments(
+        w=None,
+        key=key,
+        clock=clock,
+        batch_dims=0,
+        fmt=settings.fmt.spec,
+        bits=settings.bits,
+        noise=settings.noise,
+        block=block_argument(settings.block),
+        scale=settings.scale or "",
+        learned=None,
+        rule="",
+        whole=[],
+        offset=[],
+        maxima=None,
+        out_dtype=torch.bfloat16,
+        keep=True,
+    )
+    _, *rest = given.call()
 
     def sample(w: torch.Tensor) -> torch.Tensor:
-        return torch.ops.gws.sample_weight(
-            w,
-            key,
-            clock,
-            0,
-            spec,
-            bits,
-            noise,
-            block,
-            "floor",
-            None,
-            "",
-            [],
-            [],
-            None,
-            torch.bfloat16,
-            True,
-            OPERATOR_VERSION,
-        )
+        return torch.ops.gws.sample_weight(w, *rest)
 
     return sample
 
@@ -124,14 +143,17 @@ def with_uniform(w: torch.Tensor, bits: float) -> torch.Tensor:
 
 def functions(case: Case, device: str, peers: bool) -> dict[tuple[str, str], Callable[[], object]]:
     """What is timed, compiled, by variant and output."""
-    dtype, bits = DTYPES[case.dtype], FloatFormat.parse(case.fmt).noise_bits
+    dtype, settings = DTYPES[case.dtype], settings_of(case)
+    bits = settings.bits
     weight = Rotation(lambda: torch.randn(case.shape, device=device).mul_(0.02).to(dtype), device)
-    sample = sampler(case, device)
+    sample = sampler(settings, device)
     variants: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "cast": (lambda w: w.to(torch.bfloat16)) if dtype == torch.float32 else torch.clone,
         "sample": sample,
         "fused": lambda w: -sample(w),
     }
+    if settings.scale not in (*POWERS_OF_TWO, None):
+        variants["floor"] = sampler(with_floor(settings), device)
     if peers:
         variants |= {"randn": lambda w: with_randn(w, bits), "uniform": lambda w: with_uniform(w, bits)}
     timed: dict[tuple[str, str], Callable[[], object]] = {}
@@ -141,7 +163,8 @@ def functions(case: Case, device: str, peers: bool) -> dict[tuple[str, str], Cal
         def into(w: torch.Tensor, out: torch.Tensor, function: Callable = function) -> None:
             out.copy_(function(w))
 
-        fresh, written = torch.compile(function, fullgraph=True), torch.compile(into, fullgraph=True)
+        compiled = partial(torch.compile, fullgraph=True, dynamic=False)
+        fresh, written = compiled(function), compiled(into)
         out = Rotation(lambda: torch.empty(case.shape, dtype=torch.bfloat16, device=device), device)
         timed[name, "fresh"] = lambda f=fresh: f(weight())
         timed[name, "into"] = lambda f=written, out=out: f(weight(), out())
@@ -160,13 +183,25 @@ def measure(case: Case, device: str, *, rounds: int, calls: int, peers: bool) ->
     for variant, output in timed:
         of_variant = times[f"{variant} {output}"]
         seconds = statistics.median(of_variant)
-        yield Timing(case, variant, output, seconds, ratio(of_variant, times[f"cast {output}"]), moved / seconds)
+        floor = times.get(f"floor {output}")
+        yield Timing(
+            case,
+            variant,
+            output,
+            seconds,
+            over_cast=ratio(of_variant, times[f"cast {output}"]),
+            over_floor=None if floor is None else ratio(of_variant, floor),
+            bandwidth=moved / seconds,
+        )
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
     """The cases that the command line asks for."""
-    if args.all:
-        pairs: list[tuple[str, str]] = list(itertools.product(FORMATS, NOISES))
+    pairs: list[tuple[str, str]]
+    if args.presets:
+        pairs = [(name, args.noise) for name in PRESETS]
+    elif args.all:
+        pairs = list(itertools.product(FORMATS, NOISES))
     else:
         pairs = [(fmt, args.noise) for fmt in args.fmt]
     shapes = [tuple(map(int, shape.split("x"))) for shape in args.shape]
@@ -185,14 +220,15 @@ def table(timings: Sequence[Timing]) -> str:
             t.output,
             f"{t.seconds * 1e3:.3f}",
             f"{t.over_cast:.2f}",
+            "" if t.over_floor is None else f"{t.over_floor:.2f}",
             f"{t.bandwidth / 1e9:.1f}",
         )
         for t in timings
     ]
     return tabulate(
         rows,
-        headers=("format", "noise", "weight", "shape", "variant", "output", "ms", "x cast", "GB/s"),
-        colalign=("left",) * 6 + ("right",) * 3,
+        headers=("format", "noise", "weight", "shape", "variant", "output", "ms", "x cast", "x floor", "GB/s"),
+        colalign=("left",) * 6 + ("right",) * 4,
         disable_numparse=True,
     )
 
@@ -206,6 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="weight dtypes (default: all)")
     parser.add_argument("--shape", nargs="+", metavar="ROWSxCOLS", help="multiples of 32")
     parser.add_argument("--all", action="store_true", help="every format with every noise")
+    parser.add_argument("--presets", action="store_true", help="every preset")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="without the noise by hand")
     parser.add_argument("--rounds", type=int, default=20, help="(default: %(default)s)")
     parser.add_argument("--calls", type=int, help="calls in each turn (default: 20 on a GPU, 1 elsewhere)")
@@ -219,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for case in cases(args):
         timings += measure(case, args.device, rounds=args.rounds, calls=calls, peers=args.peers)
         keep(args.json, {**facts, "rounds": args.rounds, "timings": [asdict(t) for t in timings]})
-    print(f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}; block {BLOCK} x {BLOCK}")
+    print(f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}; blocks of 32 x 32, but for presets")
     print(table(timings))
 
 

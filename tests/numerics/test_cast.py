@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from support.narrow_cast import ml_dtypes_cast
 from support.oracle import (
     ML_DTYPES_FORMATS,
     assert_bits_equal,
@@ -27,16 +28,6 @@ FLOAT32_MAX = np.finfo(np.float32).max
 SPREAD = [
     FloatFormat.parse(f) for f in ("e2m1", "e4m3", "e5m2", "e1m3", "e4m3b11", "e2m1b3", "e4m3x240", "e7m23", "e3m22")
 ]
-
-
-def ml_dtypes_cast(w: np.ndarray, name: str) -> np.ndarray:
-    """The cast of ml_dtypes, saturating; NaN for what is not finite."""
-    largest = np.float32(ML_DTYPES_FORMATS[name].max)
-    with np.errstate(invalid="ignore"):
-        cast = np.clip(w, -largest, largest).astype(getattr(ml_dtypes, name)).astype(np.float32)
-    if name.endswith("fnuz"):  # these have no -0
-        cast = np.copysign(cast, w)
-    return np.where(np.isfinite(w), cast, np.float32(np.nan))
 
 
 def all_bfloat16() -> np.ndarray:
@@ -349,9 +340,9 @@ def test_wrong_weights_are_named(w):
     ("arguments", "message"),
     [
         ({"fmt": "fp8"}, "unknown format 'fp8'; accepted: fp4_e2m1"),
-        ({"scale": "round"}, "scale must be one of 'floor', 'ceil', None, got 'round'"),
-        ({"block": (0, 32)}, r"block must be two positive ints \(rows, columns\), such as \(32, 32\), got \(0, 32\)"),
-        ({"block": 32}, r"block must be two positive ints \(rows, columns\), such as \(32, 32\), got 32"),
+        ({"scale": "round"}, "scale must be one of 'floor', 'ceil', 'amax', 'nvfp4', None, 'auto', got 'round'"),
+        ({"block": (0, 32)}, r"block must be two positive ints .*, or None for a whole side: .* got \(0, 32\)$"),
+        ({"block": 32}, r"block must be two positive ints .*, or None for a whole side: .* got 32$"),
     ],
 )
 def test_wrong_settings_are_named(arguments, message):

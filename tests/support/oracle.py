@@ -42,13 +42,14 @@ def grid_values(fmt: FloatFormat) -> np.ndarray:
     return values[values <= fmt.max]
 
 
-def block_maximum_oracle(w: np.ndarray, block: tuple[int, int]) -> np.ndarray:
+def block_maximum_oracle(w: np.ndarray, block: tuple[int | None, int | None]) -> np.ndarray:
     """The block maximum of ``|w|`` at every element of a (matrices, rows, columns) array; NaN wins."""
     if w.size == 0:
         return np.zeros_like(w)
-    maximum = np.maximum.reduceat(np.abs(w), np.arange(0, w.shape[1], block[0]), axis=1)
-    maximum = np.maximum.reduceat(maximum, np.arange(0, w.shape[2], block[1]), axis=2)
-    return maximum.repeat(block[0], axis=1)[:, : w.shape[1]].repeat(block[1], axis=2)[:, :, : w.shape[2]]
+    rows, cols = (size if side is None else side for side, size in zip(block, w.shape[1:], strict=True))
+    maximum = np.maximum.reduceat(np.abs(w), np.arange(0, w.shape[1], rows), axis=1)
+    maximum = np.maximum.reduceat(maximum, np.arange(0, w.shape[2], cols), axis=2)
+    return maximum.repeat(rows, axis=1)[:, : w.shape[1]].repeat(cols, axis=2)[:, :, : w.shape[2]]
 
 
 def scale_oracle(amax: np.ndarray, fmt: FloatFormat, scale: str) -> np.ndarray:
@@ -81,7 +82,8 @@ def _cast(y: np.ndarray, amax: np.ndarray | None, fmt: FloatFormat, scale: str |
     return np.where(broken, np.float32(np.nan), result)
 
 
-def _as_matrices(w: np.ndarray, batch_dims: int | None) -> np.ndarray:
+def as_matrices(w: np.ndarray, batch_dims: int | None = None) -> np.ndarray:
+    """A float32 array as (matrices, rows, columns); ``batch_dims`` as in `sample_oracle`."""
     assert w.dtype == np.float32
     if w.ndim < 2:
         return w.reshape(1, 1, w.size)
@@ -93,7 +95,7 @@ def quantize_oracle(
     w: np.ndarray, fmt: FloatFormat, block: tuple[int, int] = (32, 32), scale: str | None = "floor"
 ) -> np.ndarray:
     """`gws_compile.quantize` of a float32 array."""
-    matrices = _as_matrices(w, None)
+    matrices = as_matrices(w, None)
     amax = block_maximum_oracle(matrices, block) if scale is not None and fmt.exponent_bits < 8 else None
     return _cast(matrices, amax, fmt, scale).reshape(w.shape)
 
@@ -135,7 +137,7 @@ def sample_oracle(
     batch_dims: int | None = None,
 ) -> np.ndarray:
     """The sample of a float32 array; ``batch_dims`` defaults to 1 for three dims and to 0 for others."""
-    matrices = _as_matrices(w, batch_dims)
+    matrices = as_matrices(w, batch_dims)
     if noise == "none":
         amax = block_maximum_oracle(matrices, block) if scale is not None and fmt.exponent_bits < 8 else None
         return _cast(matrices, amax, fmt, scale).reshape(w.shape)
