@@ -264,9 +264,10 @@ class Backend:
         Returns:
             ``"seed"`` and ``"step"`` (the number of the next forward's draw), ints; ``"fmt"``, the format's
             specification; ``"weights"``, a list of ``[name, shape]`` of the weights that were sampled, whose names,
-            with the seed, are their keys; ``"settings"``, each one's format, block and scale by name; ``"rules"``, a
-            list of the rules as text. With learned bit widths also ``"bits"``, their parameters by the weights'
-            names, ``"frozen"``, 0 or 1, and ``"steering"``, two scalar tensors, with `LearnedBits.average`.
+            with the seed, are their keys; ``"settings"``, a list of ``[name, text]``, the format, block and scale of
+            each; ``"rules"``, a list of the rules as text. With learned bit widths also ``"bits"``, their parameters by
+            the weights' names, ``"frozen"``, 0 or 1, and ``"steering"``, two scalar tensors, with
+            `LearnedBits.average`.
         """
         shapes = self._registry.shapes()
         state = {

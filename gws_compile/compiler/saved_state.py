@@ -93,10 +93,10 @@ class SavedState:
         return cls(step, shapes, _widths(raw, {name: shapes[name] for name in blocks}, learned, blocks))
 
 
-def settings_texts(config: Config, names: Iterable[str]) -> dict[str, str]:
-    """Format, block and scale of weights by their unique names."""
-    found = {name: _settings_of(name, config) for name in names}
-    return {name: settings.grid_text for name, settings in found.items() if settings is not None}
+def settings_texts(config: Config, names: Iterable[str]) -> list[list[str]]:
+    """``[name, text]`` of weights by their unique names: format, block and scale."""
+    found = [(name, _settings_of(name, config)) for name in names]
+    return [[name, settings.grid_text] for name, settings in found if settings is not None]
 
 
 def _settings_of(unique_name: str, config: Config) -> WeightSettings | None:
@@ -110,16 +110,21 @@ def _check_rules(raw: Mapping[str, Any], config: Config) -> None:
         if not isinstance(saved, (list, tuple)) or not all(isinstance(rule, str) for rule in saved):
             raise _refusal("rules", "a list of texts", saved)
         if list(saved) != own:
-            raise ValueError(f"the state was saved with rules={_shown(list(saved))}, this backend has {_shown(own)}")
-    settings = raw.get("settings", {})
-    if not isinstance(settings, Mapping):
-        raise _refusal("settings", "a mapping of weight names to texts", settings)
-    own_texts = settings_texts(config, (name for name in settings if isinstance(name, str)))
-    for name, text in settings.items():
-        if own_texts.get(name) != text:
+            raise ValueError(f"the state was saved with rules={_cut(list(saved))}, this backend has {_cut(own)}")
+    settings = raw.get("settings", [])
+    if not isinstance(settings, (list, tuple)):
+        raise _refusal("settings", "a list of [name, text]", settings)
+    for position, entry in enumerate(settings):
+        pair = tuple(entry) if isinstance(entry, (list, tuple)) else ()
+        if len(pair) != 2 or not all(isinstance(one, str) for one in pair):
+            raise _refusal(f"settings[{position}]", "a pair of name and text", entry)
+        name, text = pair
+        of_weight = _settings_of(name, config)
+        own_text = None if of_weight is None else of_weight.grid_text
+        if text != own_text:
             raise ValueError(
-                f"the state was saved with {name} in {_shown(text)} (format, block, scale), this backend has "
-                f"{own_texts.get(name, 'left it alone')!r}"
+                f"the state was saved with {name} in {text!r} (format, block, scale), this backend "
+                f"{'leaves it alone' if own_text is None else f'has {own_text!r}'}"
             )
 
 

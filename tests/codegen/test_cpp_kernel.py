@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from support.operator import arguments, cut, sample, sample_parts
+from support.operator import arguments, clock_of_width, cut, sample, sample_parts, whole_maxima
 from support.oracle import assert_bits_equal
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
@@ -36,8 +36,35 @@ CASES = {
     "experts": ((3, 40, 48), F32, {"batch_dims": 1}),
     "convolution": ((20, 16, 3, 3), F32, {"noise": "uniform"}),
     "two batch dims": ((2, 3, 16, 32), F32, {"block": (4, 16), "batch_dims": 2}),
-    "switched off": ((64, 80), F32, {"clock": torch.tensor([7, 0, 0], dtype=torch.int32)}),
+    "switched off": ((64, 80), F32, {"clock": torch.tensor([7, 0, 0, 0], dtype=torch.int32)}),
+    "amax": ((256, 256), F32, {"scale": "amax", "block": (128, 128), "out_dtype": BF16}),
+    "amax, rows": ((37, 96), BF16, {"fmt": "e5m2", "scale": "amax", "block": (1, 0)}),
+    "amax, long rows": ((19, 2208), F32, {"fmt": "e2m1", "bits": 3.0, "scale": "amax", "block": (1, 0)}),
+    "amax, a matrix": ((48, 80), F32, {"scale": "amax", "block": (0, 0), "noise": "uniform"}),
+    "amax, cast only": ((64, 80), F16, {"fmt": "e3m2", "noise": "none", "scale": "amax"}),
+    "amax, experts": ((3, 40, 48), F32, {"scale": "amax", "block": (0, 0), "batch_dims": 1}),
+    "int4, groups": ((21, 320), F32, {"fmt": "int4", "bits": 4.0, "scale": "amax", "block": (1, 128)}),
+    "int8, rows": ((21, 96), BF16, {"fmt": "int8", "bits": 8.0, "scale": "amax", "block": (1, 0)}),
+    "int2, cast only": ((64, 80), F32, {"fmt": "int2", "noise": "none", "scale": "ceil"}),
+    "blocks of two rows": ((13, 96), F32, {"scale": "amax", "block": (2, 32)}),
+    "blocks of four rows": ((29, 96), BF16, {"scale": "ceil", "block": (4, 48), "noise": "uniform"}),
+    "a width from the clock": ((64, 80), F32, {"bits": None, "clock": clock_of_width(3.7), "block": (1, 16)}),
 }
+# Maxima that a part of the weight does not have are computed before, by a loop of Inductor's.
+WITH_MAXIMA = {
+    "nvfp4": ((101, 80), F32, {"fmt": "e2m1", "bits": 3.0, "scale": "nvfp4", "block": (16, 16)}),
+    "nvfp4, rows": ((101, 80), BF16, {"fmt": "e2m1", "bits": 3.0, "scale": "nvfp4", "block": (1, 16)}),
+    "nvfp4, experts": (
+        (3, 40, 48), F32,
+        {"fmt": "e2m1", "bits": None, "scale": "nvfp4", "block": (16, 16), "batch_dims": 1,
+         "clock": clock_of_width(2.5), "out_dtype": BF16},
+    ),
+    "nvfp4, cast only": ((64, 80), F32, {"fmt": "e2m1", "scale": "nvfp4", "block": (16, 16), "noise": "none"}),
+    "a matrix beyond the cache": ((200, 1040), F32, {"scale": "amax", "block": (0, 0)}),
+    "rows beyond the cache": ((9, 16416), BF16, {"scale": "amax", "block": (1, 0)}),
+    "blocks beyond the cache": ((260, 1024), F32, {"block": (256, 512), "out_dtype": BF16}),
+    "columns beyond the cache": ((100, 4096), F32, {"scale": "amax", "block": (96, 2048), "noise": "uniform"}),
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -58,12 +85,19 @@ def weight(shape, dtype):
 
 def compiled(run, *inputs):
     """The result of the compiled function and its code, in which every kernel is ours."""
+    result, ours, others = compiled_kernels(run, *inputs)
+    assert ours
+    assert not others
+    return result, ours
+
+
+def compiled_kernels(run, *inputs):
+    """The result of the compiled function, its kernels that are ours, and the others."""
     result, (code,) = run_and_get_code(torch.compile(run, fullgraph=True), *inputs)
     assert "torch.ops.gws" not in code
     kernels = re.findall(r"async_compile\.cpp_pybinding\(.*?'''\)", code, re.S)
-    assert kernels
-    assert all("const auto c0 = " in kernel for kernel in kernels)
-    return result, kernels
+    ours = [kernel for kernel in kernels if "const auto c0 = " in kernel]
+    return result, ours, [kernel for kernel in kernels if kernel not in ours]
 
 
 def test_equals_eager():
@@ -77,6 +111,20 @@ def test_equals_eager():
     assert len(kernels) == len(CASES)
     for got, want in zip(results, run(weights), strict=True):
         assert got.stride() == want.stride()
+        assert_bits_equal(got, want)
+
+
+def test_equals_eager_with_maxima_computed_before():
+    """Scales of two levels, and blocks of which the cache holds a part: one more kernel, that finds the maxima."""
+    weights = [weight(shape, dtype) for shape, dtype, _ in WITH_MAXIMA.values()]
+    weights[4], weights[6] = weights[4].nan_to_num(), weights[6].nan_to_num()  # blocks of more than all others
+
+    def run(weights):
+        return [sample(*arguments(w, **s)) for w, (_, _, s) in zip(weights, WITH_MAXIMA.values(), strict=True)]
+
+    results, ours, _ = compiled_kernels(run, weights)
+    assert len(ours) == len(WITH_MAXIMA)
+    for got, want in zip(results, run(weights), strict=True):
         assert_bits_equal(got, want)
 
 
@@ -100,6 +148,30 @@ def test_parts_of_a_weight():
         assert_bits_equal(got, cut(sample(*arguments(w, **settings)), at, local))
 
 
+def test_parts_of_a_weight_whose_maxima_are_given():
+    """What lies on several ranks has its maximum from all of them: matrices, rows, and the two levels of NVFP4."""
+    nvfp4 = {"fmt": "e2m1", "bits": 3.0, "scale": "nvfp4"}
+    cases = [
+        ((96, 80), (32, 0), (64, 80), {**nvfp4, "block": (16, 16)}),
+        ((40, 96), (0, 32), (40, 64), {**nvfp4, "block": (1, 16), "out_dtype": BF16}),
+        ((5, 64, 48), (0, 32, 0), (5, 32, 48), {**nvfp4, "block": (16, 16), "batch_dims": 1}),
+        ((40, 96), (16, 0), (24, 96), {"scale": "amax", "block": (0, 0)}),
+        ((40, 96), (0, 48), (40, 48), {"scale": "amax", "block": (0, 0), "noise": "uniform"}),
+        ((45, 96), (0, 48), (45, 48), {"fmt": "int8", "bits": 8.0, "scale": "amax", "block": (1, 0)}),
+        ((5, 21, 96), (0, 0, 32), (5, 21, 64), {"scale": "ceil", "block": (1, 0), "batch_dims": 1}),
+        ((40, 96), (16, 0), (24, 96), {"scale": "floor", "block": (0, 32)}),
+    ]
+    wholes = [weight(shape, F32).nan_to_num() for shape, *_ in cases]
+    for w in wholes:
+        w.view(-1)[0] = 3.0  # what no part has but the first
+    parts = [cut(w, at, local) for w, (_, at, local, _) in zip(wholes, cases, strict=True)]
+    maxima = [whole_maxima(w, **settings) for w, (*_, settings) in zip(wholes, cases, strict=True)]
+    results, ours = compiled(lambda parts, maxima: sample_parts(parts, cases, maxima), parts, maxima)
+    assert len(ours) == len(cases)
+    for got, w, (_, at, local, settings) in zip(results, wholes, cases, strict=True):
+        assert_bits_equal(got, cut(sample(*arguments(w, **settings)), at, local))
+
+
 def test_element_indices_wrap_around():
     """A part far behind the first 2**32 elements of a weight."""
     whole, offset = (1 << 20, 1 << 14), ((1 << 19) + 32, 64)
@@ -115,22 +187,30 @@ def test_element_indices_wrap_around():
 def test_learned_widths(granularity):
     """Widths by block and by weight; drawn, without noise, and frozen."""
     torch.manual_seed(0)
-    rule = LearnedBits(init=6, target=4).rule
-    cases = [((101, 80), 0, "rounded_normal"), ((3, 40, 1072), 1, "uniform"), ((64, 80), 0, "none")]
+    floats = LearnedBits(init=6, target=4).rule
+    integers = LearnedBits(init=6, target=4, formats=("int3", "fp8_e4m3", "int8")).rule
+    amax = {"scale": "amax"}
+    cases = [
+        ((101, 80), {}, floats),
+        ((3, 40, 1072), {"batch_dims": 1, "noise": "uniform"}, floats),
+        ((64, 80), {"noise": "none"}, floats),
+        ((101, 80), amax, floats),
+        ((3, 40, 48), {**amax, "batch_dims": 1, "noise": "uniform", "block": (1, 0), "fmt": "int8"}, integers),
+    ]
     weights = [weight(shape, F32) for shape, *_ in cases]
     parameters = []
-    for (shape, dims, _), w in zip(cases, weights, strict=True):
-        matrices = shape[0] if dims else 1
-        size = widths.parameter_shape(matrices, *w.shape[-2:], (32, 32), granularity)
+    for (shape, settings, _), w in zip(cases, weights, strict=True):
+        matrices = shape[0] if "batch_dims" in settings else 1
+        size = widths.parameter_shape(matrices, *w.shape[-2:], settings.get("block", (32, 32)), granularity)
         parameters.append(1 + torch.randn(size))
 
     def run(weights, parameters, clock):
         return [
-            sample(*arguments(w, fmt="e8m7", noise=noise, batch_dims=d, learned=b, rule=rule.spec, clock=clock))
-            for w, b, (_, d, noise) in zip(weights, parameters, cases, strict=True)
+            sample(*arguments(w, **{"fmt": "e8m7", "learned": b, "rule": rule.spec, "clock": clock, **settings}))
+            for w, b, (_, settings, rule) in zip(weights, parameters, cases, strict=True)
         ]
 
-    for clock in ([7, -1, 0], [8, -1, -1], [9, 0, 0]):
+    for clock in ([7, -1, 0, 0], [8, -1, -1, 0], [9, 0, 0, 0]):
         clock = torch.tensor(clock, dtype=torch.int32)
         results, kernels = compiled(run, weights, parameters, clock)
         assert len(kernels) == len(cases)
@@ -158,7 +238,10 @@ def test_weights_of_a_shape_share_a_kernel():
         pytest.param(lambda: (torch.randn(40, 70),), id="columns are no whole vectors"),
         pytest.param(lambda: (torch.randn(64, 96).t(),), id="strides"),
         pytest.param(lambda: (torch.randn(64, 96), {"block": (32, 4)}), id="narrow blocks"),
-        pytest.param(lambda: (torch.randn(520, 1024), {"block": (520, 512)}), id="a block beyond the cache"),
+        pytest.param(
+            lambda: (torch.randn(520, 1024), {"block": (260, 512)}),
+            id="blocks beyond the cache that end inside of a part",
+        ),
     ],
 )
 def test_other_weights_take_loops(make):

@@ -51,7 +51,7 @@ def test_text_and_environment(name, text, value):
         ("GWS_BITS", "learned:init=99", "GWS_BITS='learned:init=99': LearnedBits.init must be a number from 2 to 24"),
         ("GWS_BLOCK", "32", "GWS_BLOCK='32': block must be two positive ints"),
         ("GWS_BLOCK", "a x 3", "GWS_BLOCK='a x 3': block must be two positive ints"),
-        ("GWS_SCALE", "round", "GWS_SCALE='round': scale must be one of 'floor', 'ceil', None"),
+        ("GWS_SCALE", "round", "GWS_SCALE='round': scale must be one of 'floor', 'ceil', 'amax', 'nvfp4', None"),
         ("GWS_INCLUDE", "", "GWS_INCLUDE='': include takes globs"),
         ("GWS_SEED", "x", "GWS_SEED='x': seed must be an int"),
         ("GWS_STRICT", "maybe", "GWS_STRICT='maybe': strict must be True or False, got 'maybe'"),

@@ -47,6 +47,7 @@ def other(state):
         **state,
         "step": state["step"] + 7,
         "weights": [*state["weights"], ["another.weight", [8, 8]]],
+        "settings": [*state["settings"], ["another.weight", "e8m7 32x32 floor"]],
         "bits": {**{name: value + 1 for name, value in state["bits"].items()}, "another.weight": torch.ones(1, 1)},
         "frozen": 1,
         "steering": {key: value + 1 for key, value in state["steering"].items()},
@@ -129,6 +130,21 @@ BAD = {
             (np.bool_(True), ".*True"),
         ]
     },
+    # The rules, and what became of the weights by them.
+    "rules text": (changed("rules", "a=nvfp4"), "the state's rules must be a list of texts, got 'a=nvfp4'"),
+    "other rules": (
+        changed("rules", ["a=nvfp4"]),
+        r"the state was saved with rules=\['a=nvfp4'\], this backend has \[\]",
+    ),
+    "settings mapping": (
+        changed("settings", {}),
+        r"the state's settings must be a list of \[name, text\], got a mapping",
+    ),
+    "settings entry": (changed("settings", [["fc.weight", 3]]), r"settings\[0\] must be a pair of name and text, got"),
+    "other settings": (
+        changed("settings", [["fc.weight", "e8m7 16x16 floor"]]),
+        r"fc.weight in 'e8m7 16x16 floor' \(format, block, scale\), this backend has 'e8m7 32x32 floor'",
+    ),
     # The weights.
     "weights none": (changed("weights", None), r"weights must be a list of \[name, shape\], got None"),
     "weights text": (changed("weights", "fc.weight"), r"must be a list of \[name, shape\], got 'fc.weight'"),
@@ -282,9 +298,26 @@ def test_a_good_state_is_taken_over_as_a_whole():
 
 def test_the_next_state_leaves_nothing_of_the_last():
     backend = make()
-    first = other({"seed": 0, "fmt": "e8m7", "step": 0, "weights": [], "bits": {}, "steering": constraint()})
+    first = other(
+        {
+            "seed": 0,
+            "fmt": "e8m7",
+            "step": 0,
+            "weights": [],
+            "settings": [],
+            "rules": [],
+            "bits": {},
+            "steering": constraint(),
+        }
+    )
     backend.load_state_dict(first)
-    second = {**first, "weights": [["b", [4, 4]]], "bits": {"b": torch.ones(1, 1)}, "frozen": 0}
+    second = {
+        **first,
+        "weights": [["b", [4, 4]]],
+        "settings": [["b", "e8m7 32x32 floor"]],
+        "bits": {"b": torch.ones(1, 1)},
+        "frozen": 0,
+    }
     backend.load_state_dict(second)
     assert same(backend.state_dict(), second)
 
@@ -355,7 +388,7 @@ def test_what_a_backend_has_no_use_for_is_ignored():
     make().load_state_dict(state)
     fixed = gws_compile.backend("bf16")
     fixed.load_state_dict({**state, "bits": None, "frozen": 7})
-    assert fixed.state_dict() == {key: state[key] for key in ("seed", "fmt", "step", "weights")}
+    assert fixed.state_dict() == {key: state[key] for key in ("seed", "fmt", "step", "weights", "settings", "rules")}
     make(average=None).load_state_dict({**state, "steering": None})
 
 

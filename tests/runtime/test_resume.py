@@ -82,7 +82,14 @@ def state():
 
 
 def test_what_a_state_holds(state):
-    assert state == {"seed": 0, "fmt": "e3m2", "step": 1, "weights": [["fc.weight", [40, 40]]]}
+    assert state == {
+        "seed": 0,
+        "fmt": "e3m2",
+        "step": 1,
+        "weights": [["fc.weight", [40, 40]]],
+        "settings": [["fc.weight", "e3m2 32x32 floor"]],
+        "rules": [],
+    }
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)

@@ -55,14 +55,31 @@ def cut(w, offset, local):
     return w[tuple(slice(o, o + n) for o, n in zip(offset, local, strict=True))].contiguous()
 
 
-def sample_parts(parts, cases):
+def clock_of_width(bits):
+    """`CLOCK` of a schedule that is at this width."""
+    return torch.cat([CLOCK[:3], torch.tensor([2.0 ** (1.0 - bits)]).view(torch.int32)])
+
+
+def maximum(w, *, batch_dims=0, block=(0, 0), finite=False):
+    return torch.ops.gws.weight_maximum.default(w, batch_dims, list(block), finite, OPERATOR_VERSION)
+
+
+def whole_maxima(w, *, scale="floor", block=(32, 32), batch_dims=0, **_):
+    """What of a whole weight the calls for its parts are given: the maxima of its matrices, or of its blocks."""
+    if scale == "nvfp4":
+        return maximum(w, batch_dims=batch_dims, finite=True)
+    return maximum(w, batch_dims=batch_dims, block=block)
+
+
+def sample_parts(parts, cases, maxima=None):
     """The samples of parts of weights.
 
     Args:
         parts: `cut` out of whole weights.
         cases: of each (shape of the whole, offset, shape of the part, settings).
+        maxima: of each; None where no part needs any.
     """
     return [
-        sample(*arguments(part, part=(shape, offset), **settings))
-        for part, (shape, offset, _, settings) in zip(parts, cases, strict=True)
+        sample(*arguments(part, part=(shape, offset), maxima=given, **settings))
+        for part, given, (shape, offset, _, settings) in zip(parts, maxima or [None] * len(parts), cases, strict=True)
     ]
