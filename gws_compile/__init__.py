@@ -43,6 +43,7 @@ from .report.metrics import Metrics, WeightMetrics
 from .report.records import GraphBreak, GraphRecord, ReadRecord, WeightRecord
 from .report.report import Report
 from .settings.learned_bits import LearnedBits
+from .settings.model_blocks import edge_blocks
 from .settings.schedule import Schedule
 from .warning import GwsWarning
 
@@ -67,6 +68,7 @@ __all__ = [
     "WeightMetrics",
     "WeightRecord",
     "backend",
+    "edge_blocks",
     "explain",
     "named_backend",
     "quantize",

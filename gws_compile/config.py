@@ -305,12 +305,12 @@ class Config:
         """Whether any weight may get noise."""
         return any(one is not None and one.noise != "none" for one in (self.weights, *(r.settings for r in self.rules)))
 
-    def rule_of(self, name: str) -> Rule | None:
-        """The rule that holds of a weight: the first that matches its name."""
+    def rule_of(self, name: str | tuple[str, ...]) -> Rule | None:
+        """The rule that holds of a weight: the first that matches its name, or one of its names."""
         return next((rule for rule in self.rules if rule.matches(name)), None)
 
-    def settings_of(self, name: str) -> WeightSettings | None:
-        """How a weight of this name is sampled; None for one that a rule leaves alone."""
+    def settings_of(self, name: str | tuple[str, ...]) -> WeightSettings | None:
+        """How a weight of this name, or these names, is sampled; None for one that a rule leaves alone."""
         rule = self.rule_of(name)
         return self.weights if rule is None else rule.settings
 

@@ -45,9 +45,10 @@ def qualified_name(source: str) -> str:
     return ".".join(part for part in path if part not in WRAPPERS) or _VARIABLE.sub(r"\2", source)
 
 
-def first_match(name: str, patterns: tuple[str, ...]) -> str | None:
-    """The first of the globs that matches the name."""
-    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
+def first_match(name: str | tuple[str, ...], patterns: tuple[str, ...]) -> str | None:
+    """The first of the globs that matches the name, or one of the names."""
+    names = (name,) if isinstance(name, str) else name
+    return next((pattern for pattern in patterns if any(fnmatchcase(one, pattern) for one in names)), None)
 
 
 def numbered(name: str, count: int) -> str:

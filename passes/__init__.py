@@ -55,14 +55,14 @@ __all__ = [
 def passes_of(
     config: Config,
     *,
-    names: Mapping[str, str] = MappingProxyType({}),
+    names: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
     is_table: Callable[[Weight], bool] = lambda weight: False,
 ) -> tuple[Pass, ...]:
     """The passes in their order, with their settings bound.
 
     Args:
         config: the settings of a backend.
-        names: those of the graph's weights by their sources, where they are known.
+        names: `Weight.names` of the graph's weights by their sources, where they are known.
         is_table: whether an earlier graph looks rows up in a weight: where a graph break, or DDP's graph splitting,
             lies between embedding and head, the head's graph cannot tell that its weight is tied.
     """
@@ -80,7 +80,7 @@ def rewrite(
     config: Config,
     *,
     number: int = 0,
-    names: Mapping[str, str] = MappingProxyType({}),
+    names: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
     is_table: Callable[[Weight], bool] = lambda weight: False,
 ) -> Rewrite:
     """Run every pass on a copy of Dynamo's graph, which stays as it is.

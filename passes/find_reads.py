@@ -25,7 +25,7 @@ from .rewrite_context import Rewrite
 from .weights import Read, Use, Weight
 
 
-def find_reads(rewrite: Rewrite, *, names: Mapping[str, str], is_table: Callable[[Weight], bool]) -> None:
+def find_reads(rewrite: Rewrite, *, names: Mapping[str, tuple[str, ...]], is_table: Callable[[Weight], bool]) -> None:
     """List the graph's floating-point and complex parameters of two or more dims, each with its uses.
 
     Provides `Rewrite.weights`; the graph is not changed. A parameter is followed through views, transposes, splits,
@@ -46,7 +46,7 @@ def find_reads(rewrite: Rewrite, *, names: Mapping[str, str], is_table: Callable
         weight.embedded |= is_table(weight)
 
 
-def _parameters(gm: fx.GraphModule, names: Mapping[str, str], modes: Modes) -> list[Weight]:
+def _parameters(gm: fx.GraphModule, names: Mapping[str, tuple[str, ...]], modes: Modes) -> list[Weight]:
     weights = []
     for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
         value = example_value(node)
@@ -70,7 +70,7 @@ def _parameters(gm: fx.GraphModule, names: Mapping[str, str], modes: Modes) -> l
                 place=walk(gm, node, modes),
                 position=position,
                 source=source,
-                name=names.get(source) or qualified_name(source),
+                names=names.get(source) or (qualified_name(source),),
                 shape=tuple(value.shape),
                 dtype=value.dtype,
                 device=value.device,

@@ -29,7 +29,7 @@ def select_weights(rewrite: Rewrite, *, config: Config) -> None:
         ValueError: a block of a sharded weight lies on several ranks, and is not as long as the weight.
     """
     for weight in rewrite.weights:
-        weight.settings = config.settings_of(weight.name)
+        weight.settings = config.settings_of(weight.names)
         weight.reason, weight.may_be_read = _judge(weight, config)
     for weight in rewrite.selected:
         for read in weight.reads:
@@ -78,30 +78,30 @@ def _untouched(weight: Weight) -> str | None:
     return f"no matrix product or convolution reads it, only: {uses}"
 
 
-def treatment_of(name: str, config: Config) -> tuple[str | None, WeightSettings | None]:
-    """What a weight's name alone decides: why it is left alone, None where nothing says so; and how it is sampled.
+def treatment_of(names: tuple[str, ...], config: Config) -> tuple[str | None, WeightSettings | None]:
+    """What a weight's names alone decide: why it is left alone, None where nothing says so; and how it is sampled.
 
     Args:
-        name: the weight's.
+        names: `Weight.names`.
         config: the settings.
     """
-    reason = _reason_of_name(name, config)
-    return reason, config.settings_of(name) if reason is None else None
+    reason = _reason_of_name(names, config)
+    return reason, config.settings_of(names) if reason is None else None
 
 
-def _reason_of_name(name: str, config: Config) -> str | None:
-    if config.include is not None and not first_match(name, config.include):
+def _reason_of_name(names: tuple[str, ...], config: Config) -> str | None:
+    if config.include is not None and not first_match(names, config.include):
         return f"no include pattern matches ({', '.join(config.include)})"
-    pattern = first_match(name, config.exclude)
+    pattern = first_match(names, config.exclude)
     if pattern is not None:
         return f"matches the exclude pattern {pattern!r}"
-    rule = config.rule_of(name)
+    rule = config.rule_of(names)
     return f"the rule {rule.text!r} leaves it alone" if rule is not None and rule.settings is None else None
 
 
 def _unwanted(weight: Weight, config: Config) -> str | None:
     """Why a weight is left alone by its name or its nature, with no loss."""
-    named = _reason_of_name(weight.name, config)
+    named = _reason_of_name(weight.names, config)
     if named is not None:
         return named
     included = config.include is not None

@@ -70,7 +70,8 @@ class Weight:
         place: its placeholder in the outer graph, with the way of its value to everything that uses it.
         position: index of that placeholder among the graph's inputs.
         source: where Dynamo has read it from, such as ``L['self']._modules['fc']._parameters['weight']``.
-        name: qualified name relative to the compiled module.
+        names: what globs on its name are matched with: its qualified name relative to the compiled module and, where it
+            is another one, that in the outermost module that is being called.
         shape, dtype, device, trainable: of the parameter; ``trainable`` is its ``requires_grad``.
         shard: the part that this rank holds, where the parameter is a DTensor.
         reads: where it is read.
@@ -87,7 +88,7 @@ class Weight:
     place: Place
     position: int
     source: str
-    name: str
+    names: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
@@ -100,6 +101,11 @@ class Weight:
     settings: WeightSettings | None = None
     reason: str | None = None
     may_be_read: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its qualified name relative to the compiled module."""
+        return self.names[0]
 
     @property
     def node(self) -> fx.Node:

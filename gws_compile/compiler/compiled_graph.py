@@ -121,15 +121,15 @@ class _Forms:
         self._made: dict[tuple[bool, tuple[object, ...]], CompiledGraph] = {}
         self._lock = threading.RLock()
 
-    def named(self, names: Mapping[str, str]) -> CompiledGraph:
+    def named(self, names: Mapping[str, tuple[str, ...]]) -> CompiledGraph:
         """The form for weights of these names, by source."""
         return self._form(names, gradients=self._gradients)
 
     def noisy(self) -> CompiledGraph:
         """The form as if the graph was traced with gradients enabled."""
-        return self._form({weight.source: weight.name for weight in self._weights}, gradients=True)
+        return self._form({weight.source: weight.names for weight in self._weights}, gradients=True)
 
-    def _form(self, names: Mapping[str, str], *, gradients: bool) -> CompiledGraph:
+    def _form(self, names: Mapping[str, tuple[str, ...]], *, gradients: bool) -> CompiledGraph:
         config = self._compiler.config
         key = gradients, tuple(treatment_of(names[weight.source], config) for weight in self._weights)
         with self._lock:

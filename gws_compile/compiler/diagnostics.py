@@ -100,10 +100,11 @@ class Diagnostics:
         self._check_other_uses([w for w in weights if w.reason is None])
         if not self._any_rewritten:
             what = _list(weights) or "it has no weight matrices"
-            if config.strict:
+            if config.strict and not self._left_by_rules(weights):
                 raise ValueError(f"strict=True, and no weight was rewritten: {what}")
             # A graph break often parts an embedding from the rest of the model, whose graph is still to come.
-            if has_parameters and not (weights and all(w.embedded and not w.reads for w in weights)):
+            quiet = weights and (all(w.embedded and not w.reads for w in weights) or self._left_by_rules(weights))
+            if has_parameters and not quiet:
                 self._say(f"no weight has been rewritten so far: {what}")
 
     def optimizer_stepped(self, optimizer: object) -> None:
@@ -194,7 +195,7 @@ class Diagnostics:
         )
 
     def _matching(self, setting: str, pattern: str, weights: Sequence[Weight]) -> list[Weight]:
-        matching = [w for w in weights if first_match(w.name, (pattern,))]
+        matching = [w for w in weights if first_match(w.names, (pattern,))]
         if matching:
             self._effective.add(f"{setting}={pattern}")
         return matching
@@ -212,7 +213,7 @@ class Diagnostics:
         if any(w.reason is None for w in matching):
             skipped = [w for w in skipped if w.reads or w.may_be_read]
         if own_exclude:
-            skipped = [w for w in skipped if not first_match(w.name, self._config.exclude)]
+            skipped = [w for w in skipped if not first_match(w.names, self._config.exclude)]
         if skipped:
             message = f"include={pattern!r} matches weights that are left alone: {_list(skipped)}"
             if self._config.strict:
@@ -224,11 +225,13 @@ class Diagnostics:
         if not weights or rule in self._deciding:
             return
         self._slots.see_caller()
-        names = list(dict.fromkeys([*(w.name for w in weights), *(slot.path for slot in self._slots)]))
-        matching = {name: treatment_of(name, self._config) for name in names if rule.matches(name)}
+        seen = {name for weight in weights for name in weight.names}
+        paths = ((slot.path,) for slot in self._slots if slot.path not in seen)
+        known_names = [*(weight.names for weight in weights), *paths]
         others = []
-        for name, (reason, _) in matching.items():
-            first = self._config.rule_of(name)
+        for names in filter(rule.matches, known_names):
+            name, (reason, _) = names[-1], treatment_of(names, self._config)
+            first = self._config.rule_of(names)
             if first is not rule:
                 others.append(f"{name}: the rule {first.text!r} comes first" if first else name)
             elif reason is not None and rule.settings is not None:
@@ -236,8 +239,16 @@ class Diagnostics:
             else:
                 self._deciding.add(rule)
                 return
-        known = f"the weights that are known are: {_listed(names)}"
+        known = f"the weights that are known are: {_listed([names[-1] for names in known_names])}"
         self._say_once(f"rule {rule.text}", f"the rule {rule.text!r} decides nothing: {_listed(others, '; ') or known}")
+
+    def _left_by_rules(self, weights: Sequence[Weight]) -> bool:
+        """Whether rules leave the weights of a graph alone, and others are to come: of blocks compiled one by one."""
+        ruled = [self._config.rule_of(weight.names) for weight in weights]
+        if not ruled or any(rule is None or rule.settings is not None for rule in ruled):
+            return False
+        self._slots.see_caller()
+        return any(treatment_of((slot.path,), self._config)[0] is None for slot in self._slots)
 
     def _say_once(self, what: str, message: str) -> None:
         if what not in self._said:

@@ -66,7 +66,7 @@ class Rewriting:
                 gm,
                 self._config,
                 number=number,
-                names={source: weight.name for source, weight in traced.items()},
+                names={source: weight.names for source, weight in traced.items()},
                 is_table=lambda weight: self._tables.has(weight, traced.get(weight.source)),
             )
         weights = rewritten.weights
@@ -79,7 +79,7 @@ class Rewriting:
         return rewritten, records
 
     def again(
-        self, gm: fx.GraphModule, known: Sequence[Weight], names: Mapping[str, str], *, gradients: bool
+        self, gm: fx.GraphModule, known: Sequence[Weight], names: Mapping[str, tuple[str, ...]], *, gradients: bool
     ) -> Rewrite:
         """Rewrite a graph that came before, in another form.
 
@@ -98,7 +98,7 @@ class Rewriting:
         self.records += [(weight, weight_record(weight, self._config)) for weight in rewritten.weights]
         return rewritten
 
-    def form_of(self, weights: Sequence[Weight], tensors: Sequence[torch.Tensor]) -> dict[str, str] | None:
+    def form_of(self, weights: Sequence[Weight], tensors: Sequence[torch.Tensor]) -> dict[str, tuple[str, ...]] | None:
         """Whether a graph that several layers share serves these weights, from inside its call.
 
         Args:
@@ -110,9 +110,9 @@ class Rewriting:
             ``include``, ``exclude`` and ``rules`` choose by name.
         """
         called = called_weights(tensors)
-        names = {w.source: w.name if one is None else one.name for w, one in zip(weights, called, strict=True)}
+        names = {w.source: w.names if one is None else one.names for w, one in zip(weights, called, strict=True)}
         read = [weight for weight in weights if weight.reads]
-        before = [treatment_of(weight.name, self._config) for weight in read]
+        before = [treatment_of(weight.names, self._config) for weight in read]
         return None if before == [treatment_of(names[weight.source], self._config) for weight in read] else names
 
     def _keep(self, number: int, gm: fx.GraphModule, rewritten: Rewrite, records: list[WeightRecord]) -> None:

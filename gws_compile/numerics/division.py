@@ -33,13 +33,13 @@ def divide(p: Primitives, x: Value, y: Value) -> Value:
     guess = p.fdiv(_in_first_binade(p, x_bits), _in_first_binade(p, y_bits))
     # The quotient of two numbers from [1, 2) lies between 1/2 and 2, both excluded.
     quotient = p.imax(p.imin(p.float_bits(guess), _ONE + FRACTION), _ONE - _LEADING)
-    at_one, below_one = _times(p, dividend, 1 << 23), _times(p, dividend, 1 << 24)
+    at_one, below_one = _low_product(p, dividend, 23), _low_product(p, dividend, 24)
     for _ in range(_STEPS):
         mantissa = p.ior(p.iand(quotient, FRACTION), _LEADING)
+        # dividend * 2**23 (or 2**24) - mantissa * divisor: the difference of two numbers of 48 bits, which has fewer
+        # than 29 itself, so that their low 30 bits give it. The nearest mantissa leaves less than half of the divisor.
         whole = p.iselect(p.ilt(quotient, _ONE), below_one, at_one)
-        # dividend * 2**23 (or 2**24) - mantissa * divisor: numbers of 48 bits, whose difference has fewer than 28, so
-        # that arithmetic mod 2**32 gives it. The nearest mantissa leaves less than half of the divisor.
-        rest = p.isub(whole, p.imul(mantissa, divisor))
+        rest = _signed(p, p.isub(whole, _low_bits_of_product(p, mantissa, divisor)))
         twice = p.iadd(rest, rest)
         down = p.iselect(p.ilt(twice, _minus(p, divisor)), -1, 0)
         quotient = p.iadd(quotient, p.iselect(p.ilt(divisor, twice), 1, down))
@@ -63,11 +63,36 @@ def _in_first_binade(p: Primitives, bits: Value) -> Value:
     return p.bits_float(p.ior(p.iand(bits, FRACTION), _ONE))
 
 
-def _times(p: Primitives, x: Value, factor: int) -> Value:
-    if isinstance(x, int):
-        product = x * factor & 0xFFFFFFFF
-        return product - (1 << 32) if product >= 1 << 31 else product
-    return p.imul(x, factor)
+_LOW = 30
+_LIMB = 15
+
+
+def _low_product(p: Primitives, x: Value, power: int) -> Value:
+    """The low 30 bits of ``x * 2**power``."""
+    kept = (1 << (_LOW - power)) - 1
+    return (x & kept) << power if isinstance(x, int) else p.imul(p.iand(x, kept), 1 << power)
+
+
+def _low_bits_of_product(p: Primitives, x: Value, y: Value) -> Value:
+    """A number with the low 30 bits of the product of two numbers of 24 bits.
+
+    No step leaves int32: signed overflow is undefined in C++, and compilers use that.
+    """
+    x_low, x_high = _limbs(p, x)
+    y_low, y_high = _limbs(p, y)
+    crossed = p.iand(p.iadd(p.imul(x_high, y_low), p.imul(x_low, y_high)), (1 << _LIMB) - 1)
+    return p.iadd(p.imul(x_low, y_low), p.imul(crossed, 1 << _LIMB))
+
+
+def _limbs(p: Primitives, x: Value) -> tuple[Value, Value]:
+    low = (1 << _LIMB) - 1
+    return (x & low, x >> _LIMB) if isinstance(x, int) else (p.iand(x, low), p.ishr(x, _LIMB))
+
+
+def _signed(p: Primitives, x: Value) -> Value:
+    """The number of 30 bits, sign included, that ``x`` has as its low bits."""
+    sign = 1 << (_LOW - 1)
+    return p.isub(p.ixor(p.iand(x, (1 << _LOW) - 1), sign), sign)
 
 
 def _minus(p: Primitives, x: Value) -> Value:

@@ -24,7 +24,7 @@ def weight_record(weight: Weight, config: Config) -> WeightRecord:
     rewritten = weight.reason is None
     settings = weight.sampled_as if rewritten else None
     noisy = weight.noisy
-    rule = config.rule_of(weight.name)
+    rule = config.rule_of(weight.names)
     return WeightRecord(
         name=weight.name,
         shape=weight.shape,

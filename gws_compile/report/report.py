@@ -64,6 +64,11 @@ class Report:
         return tuple(r for r in self.records if not r.rewritten)
 
     @property
+    def has_rules(self) -> bool:
+        """Whether a rule holds of one of the weights."""
+        return any(record.rule for record in self.records)
+
+    @property
     def recompilations(self) -> tuple[GraphRecord, ...]:
         """The graphs of frames that were compiled before; ``recompiled`` says which guard failed."""
         return tuple(graph for graph in self.graphs if graph.recompiled)
@@ -111,22 +116,25 @@ class Report:
     def __str__(self) -> str:
         if not self.records:
             return "gws_compile: no weights seen yet (nothing has been compiled)"
-        rows = [
-            (
-                r.name,
-                " x ".join(map(str, r.shape)),
-                r.op,
-                r.fmt,
-                "" if r.bits is None else f"{r.bits:g}",
-                r.noise if r.rewritten else f"left alone: {r.reason}",
-            )
-            for r in self.records
-        ]
+        columns = {
+            "weight": [r.name for r in self.records],
+            "shape": [" x ".join(map(str, r.shape)) for r in self.records],
+            "read by": [r.op for r in self.records],
+            "format": [r.fmt for r in self.records],
+            "bits": ["" if r.bits is None else f"{r.bits:g}" for r in self.records],
+            "block": [r.block for r in self.records],
+            "scale": [r.scale for r in self.records],
+            "noise": [r.noise if r.rewritten else f"left alone: {r.reason}" for r in self.records],
+            "rule": [r.rule for r in self.records],
+        }
+        if not self.has_rules:  # the settings are the same for all
+            for name in ("block", "scale", "rule"):
+                del columns[name]
         table = tabulate(
-            rows,
-            headers=("weight", "shape", "read by", "format", "bits", "noise"),
-            colalign=("left", "right", "left", "left", "right", "left"),
-            maxcolwidths=[None, None, None, None, None, 60],
+            columns,
+            headers="keys",
+            colalign=["right" if name in ("shape", "bits") else "left" for name in columns],
+            maxcolwidths=[60 if name == "noise" else None for name in columns],
             disable_numparse=True,
         )
         parameters = sum(prod(r.shape) for r in self.rewritten)

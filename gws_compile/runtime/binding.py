@@ -59,7 +59,7 @@ class Binding:
         widths: Sequence[WidthInput],
         *,
         reads: Mapping[Slot, frozenset[bool]] = MappingProxyType({}),
-        form: Mapping[str, str] | None = None,
+        form: Mapping[str, tuple[str, ...]] | None = None,
     ) -> None:
         self.form = form
         self.reads = reads
@@ -115,7 +115,7 @@ class Bindings:
         slots: WeightSlots,
         registry: WeightRegistry,
         find_widths: FindWidths | None,
-        form_of: Callable[[Sequence[torch.Tensor]], Mapping[str, str] | None],
+        form_of: Callable[[Sequence[torch.Tensor]], Mapping[str, tuple[str, ...]] | None],
     ) -> None:
         self._keyed = dict(layout.positions)
         self._learned = [learned.position for learned in layout.learned]

@@ -22,11 +22,11 @@ class TracedWeight:
     """A weight of a graph that is being traced.
 
     Attributes:
-        name: in the module that was compiled.
+        names: in the module that was compiled and, where it is another one, in the outermost that is being called.
         places: where it stands in the modules that are known; several where it is tied.
     """
 
-    name: str
+    names: tuple[str, ...]
     places: tuple[HeldWeight, ...]
 
 
@@ -46,7 +46,7 @@ def traced_weights(inputs: Mapping[str, object]) -> dict[str, TracedWeight]:
         real = value_of_source(source) if is_fake(value) else None
         tensor = real if isinstance(real, torch.Tensor) else value
         if isinstance(tensor, torch.Tensor) and (places := roots.places(tensor, source)):
-            found[source] = TracedWeight(places[0].name, tuple(places))
+            found[source] = TracedWeight(roots.names(tensor, places), tuple(places))
     return found
 
 
@@ -57,8 +57,8 @@ def called_weights(tensors: Sequence[torch.Tensor]) -> list[TracedWeight | None]
         None for a tensor that no module on the stack holds.
     """
     roots = _Roots(_compiled_roots())
-    places = (roots.places(tensor, "") for tensor in tensors)
-    return [TracedWeight(found[0].name, tuple(found)) if found else None for found in places]
+    places = [(tensor, roots.places(tensor, "")) for tensor in tensors]
+    return [TracedWeight(roots.names(tensor, found), tuple(found)) if found else None for tensor, found in places]
 
 
 def _compiled_roots() -> list[nn.Module]:
@@ -86,6 +86,11 @@ class _Roots:
                     return [replace(one, name=qualified_name(source)) for one in held[:1]] if within else held
                 within += 1
         return []
+
+    def names(self, tensor: torch.Tensor, places: Sequence[HeldWeight]) -> tuple[str, ...]:
+        """Of a tensor that stands at these places: that of the first, and that in the outermost module."""
+        outermost = self._of(self._modules[-1], tensor)[:1] if self._modules else []
+        return tuple(dict.fromkeys(held.name for held in (*places[:1], *outermost)))
 
     def _of(self, module: nn.Module, tensor: torch.Tensor) -> list[HeldWeight]:
         if id(module) not in self._held:

@@ -36,8 +36,8 @@ class Rule:
     settings: WeightSettings | None
     given: tuple[tuple[str, Any], ...] | None
 
-    def matches(self, name: str) -> bool:
-        """Whether a weight's name does."""
+    def matches(self, name: str | tuple[str, ...]) -> bool:
+        """Whether a weight's name does, or one of its names."""
         return first_match(name, self.globs) is not None
 
     @property
@@ -103,9 +103,7 @@ def _rule(number: int, one: object, base: GivenSettings, scheduled: bool) -> Rul
     if not given:
         raise ValueError(f"{where}: it says nothing; give some of {', '.join(KEYS)}, or None to leave weights alone")
     if isinstance(given.get("bits"), LearnedBits):
-        raise ValueError(
-            f"{where}: bits must be a number or None; LearnedBits are for the whole backend, got LearnedBits"
-        )
+        raise ValueError(f"{where}: bits must be a number or None, got LearnedBits, which are for the whole backend")
     try:
         settings = WeightSettings.make(
             _over(base, given), scheduled=scheduled and "fmt" not in given and "bits" not in given

@@ -69,9 +69,11 @@ def test_what_keeps_to_the_name_is_taken(name, given, weight):
     ("name", "given", "message"),
     [
         ("mxfp8", {"scale": "amax"},
-         "scale='amax' contradicts fmt='mxfp8', whose scale is 'floor' or 'ceil': write fmt='fp8_e4m3' with this scale"),
+         "scale='amax' contradicts fmt='mxfp8', whose scale is 'floor' or 'ceil': "
+         "write fmt='fp8_e4m3' with this scale"),
         ("mxfp4", {"scale": "nvfp4"},
-         "scale='nvfp4' contradicts fmt='mxfp4', whose scale is 'floor' or 'ceil': write fmt='fp4_e2m1' with this scale"),
+         "scale='nvfp4' contradicts fmt='mxfp4', whose scale is 'floor' or 'ceil': "
+         "write fmt='fp4_e2m1' with this scale"),
         ("nvfp4", {"scale": "floor"},
          "scale='floor' contradicts fmt='nvfp4', whose scale is 'nvfp4': write fmt='fp4_e2m1' with this scale"),
         ("int4_group", {"scale": None},

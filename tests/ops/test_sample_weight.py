@@ -7,10 +7,11 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from support.operator import arguments, cut, sample, sample_parts
-from support.oracle import assert_bits_equal
+from support.operator import CLOCK, arguments, clock_of_width, cut, maximum, sample, sample_parts, whole_maxima
+from support.oracle import as_matrices, assert_bits_equal, block_maximum_oracle, random_floats
 from torch._inductor.utils import run_and_get_code
 
 import gws_compile
@@ -135,6 +136,150 @@ def test_compiled_equals_eager():
     assert "torch.ops.gws" not in code
     for got, want in zip(compiled, expected, strict=True):
         assert got.stride() == want.stride()
+        assert_bits_equal(got, want)
+
+
+NVFP4 = {"fmt": "e2m1", "bits": 3.0, "scale": "nvfp4"}
+# Weight and settings: exact scales and those of two levels, blocks as long as a weight, integers, moved widths.
+SCALES = {
+    "amax": ((100, 80), torch.float16, {"scale": "amax", "block": (64, 64)}),
+    "amax, rows": (
+        (50, 70), torch.bfloat16,
+        {"fmt": "e5m2", "bits": None, "clock": clock_of_width(2.2), "scale": "amax", "block": (1, 0)},
+    ),
+    "amax, a matrix": ((40, 70), torch.float32, {"scale": "amax", "block": (0, 0), "noise": "none"}),
+    "amax, convolution": (
+        (8, 10, 3, 3), torch.bfloat16, {"scale": "amax", "block": (1, 0), "out_dtype": torch.float32},
+    ),
+    "nvfp4": ((100, 70), torch.float32, {**NVFP4, "block": (16, 16)}),
+    "nvfp4, rows of experts": ((3, 40, 33), torch.float16, {**NVFP4, "block": (1, 16), "batch_dims": 1}),
+    "int4, groups": ((70, 90), torch.float32, {"fmt": "int4", "bits": 4.0, "scale": "amax", "block": (1, 32)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_scales_compiled_equal_eager(name):
+    """In Inductor's loops: columns that are no whole vectors, or an elementwise reader that is fused with them."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    shape, dtype, settings = SCALES[name]
+    w = torch.randn(shape) * 0.02
+    if shape[0] == 100:
+        w[40, 40], w[70, 5], w[:32, 32:64], w[33] = float("nan"), float("-inf"), 0, -0.0
+    w = w.to(dtype)
+    if shape[0] == 70:
+        w = w.t()
+
+    def run(w):
+        sampled = sample(*arguments(w, **settings))
+        return -sampled if shape[1] == 80 else sampled
+
+    got, (code,) = run_and_get_code(torch.compile(run, fullgraph=True), w)
+    assert "torch.ops.gws" not in code
+    assert "const auto c0 = " not in code  # no kernel of our own
+    assert got.stride() == run(w).stride()
+    assert_bits_equal(got, run(w))
+
+
+@pytest.mark.parametrize("settings", [{}, {"scale": "amax", "block": (0, 0)}, {**NVFP4, "block": (16, 16)}], ids=str)
+@pytest.mark.parametrize("noise", ["rounded_normal", "uniform"])
+def test_a_width_from_the_clock_is_that_width(noise, settings):
+    """No more than a constant that comes as a tensor: the sample is that of the fixed width."""
+    w = torch.randn(40, 50)
+    for bits in (2.0, 3.7, 5.0, 24.0):
+        fixed = sample(*arguments(w, **{**settings, "noise": noise, "bits": bits}))
+        moved = arguments(w, **{**settings, "noise": noise, "bits": None, "clock": clock_of_width(bits)})
+        assert_bits_equal(sample(*moved), fixed)
+    assert torch.equal(clock_of_width(5.0)[:3], CLOCK[:3])
+
+
+MAXIMA = [  # shape, batch dims, dtype, block
+    ((50, 70), 0, torch.float32, (0, 0)),
+    ((50, 70), 0, torch.bfloat16, (1, 0)),
+    ((64, 96), 0, torch.float32, (1, 0)),
+    ((70, 50), 0, torch.float16, (0, 1)),
+    ((50, 70), 0, torch.float32, (7, 40)),
+    ((3, 20, 33), 1, torch.bfloat16, (0, 0)),
+    ((2, 3, 9, 17), 2, torch.float32, (10**6, 16)),
+    ((8, 5, 3, 3), 0, torch.float32, (2, 0)),
+]
+
+
+@pytest.mark.parametrize("finite", [False, True])
+def test_weight_maximum(finite):
+    """Against numpy, eager and compiled: one value a block, as bits; NaN above all others, or no NaN and no Inf."""
+    weights, expected = [], []
+    for i, (shape, dims, dtype, block) in enumerate(MAXIMA):
+        w = random_floats(shape, i, (-127, 126) if dtype == torch.float32 else (-14, 14))
+        w.flat[[5, 100]] = math.nan, -math.inf
+        w[-1] = 0.0
+        weights.append(torch.from_numpy(w).to(dtype))
+        matrices = as_matrices(weights[-1].float().numpy(), dims)
+        if finite:
+            matrices = np.where(np.isfinite(matrices), matrices, np.float32(0))
+        sides = [min(side or size, size) for side, size in zip(block, matrices.shape[1:], strict=True)]
+        expected.append(block_maximum_oracle(matrices, sides)[:, :: sides[0], :: sides[1]])
+
+    def run(weights):
+        return [
+            maximum(w, batch_dims=dims, block=block, finite=finite)
+            for w, (_, dims, _, block) in zip(weights, MAXIMA, strict=True)
+        ]
+
+    torch._dynamo.reset()
+    compiled, (code,) = run_and_get_code(torch.compile(run, fullgraph=True), weights)
+    assert "torch.ops.gws" not in code
+    for results in (run(weights), compiled):
+        for got, want in zip(results, expected, strict=True):
+            assert got.dtype == torch.int32
+            assert_bits_equal(got.view(torch.float32), torch.from_numpy(want.copy()))
+
+
+def test_weight_maximum_as_an_operator():
+    for shape, block in (((40, 50), [16, 0]), ((0, 50), [16, 0]), ((3, 0), [0, 0])):
+        w = torch.randn(shape)
+        torch.library.opcheck(torch.ops.gws.weight_maximum.default, (w, 0, block, True, OPERATOR_VERSION))
+    w = torch.tensor([[1.0, math.nan], [-math.inf, 2.0]])
+    assert_bits_equal(maximum(w, finite=True).view(torch.float32), torch.full((1, 1, 1), 2.0))
+    # What ranks agree on is the largest of their bits: a NaN's, of either sign, are above those of Inf.
+    rows = maximum(torch.tensor([[math.nan], [-math.nan], [math.inf], [-3.0]]), block=(1, 0)).flatten()
+    assert (rows[:2] > rows[2]).all()
+    assert rows[2] > rows[3] > 0
+
+
+def test_parts_are_parts_of_the_whole_sample_with_its_maxima():
+    """A part of a block has the block's maximum from `weight_maximum` of the whole: eager and compiled."""
+    torch.manual_seed(0)
+    cases = [
+        ((96, 70), (32, 0), (64, 70), {**NVFP4, "block": (16, 16)}),
+        ((40, 90), (0, 50), (40, 40), {"scale": "amax", "block": (0, 0), "noise": "uniform"}),
+        ((20, 12, 3, 3), (0, 8, 0, 0), (20, 4, 3, 3), {"scale": "amax", "block": (1, 0)}),
+        # Up to here compiled too; the others in the C++ kernel's tests.
+        ((6, 40, 33), (2, 0, 0), (3, 40, 33), {**NVFP4, "block": (1, 16), "batch_dims": 1}),
+        ((40, 90), (0, 60), (40, 30), {"fmt": "int8", "bits": 8.0, "scale": "amax", "block": (1, 0)}),
+        ((40, 90), (0, 48), (40, 42), {**NVFP4, "block": (1, 16), "out_dtype": torch.bfloat16}),
+        ((6, 40, 33), (0, 16, 0), (6, 24, 33), {**NVFP4, "block": (16, 16), "batch_dims": 1, "noise": "none"}),
+        ((96, 70), (40, 0), (56, 70), {"scale": "amax", "block": (0, 0)}),
+        ((4, 20, 90), (0, 0, 33), (4, 20, 57), {"fmt": "int4", "bits": 4.0, "block": (1, 0), "batch_dims": 1}),
+        ((90, 70), (50, 0), (40, 70), {"scale": "floor", "block": (0, 32)}),
+    ]
+    wholes = [torch.randn(shape) for shape, *_ in cases]
+    for w in wholes:
+        w.view(-1)[0] = 9.0  # the maximum is not in the part
+    parts = [cut(w, offset, local) for w, (_, offset, local, _) in zip(wholes, cases, strict=True)]
+    maxima = [whole_maxima(w, **settings) for w, (*_, settings) in zip(wholes, cases, strict=True)]
+    maxima[3] = maxima[3][2:5]  # of the experts that are here
+    expected = [
+        cut(sample(*arguments(w, **settings)), offset, local)
+        for w, (_, offset, local, settings) in zip(wholes, cases, strict=True)
+    ]
+
+    def run(parts, maxima):
+        return sample_parts(parts, cases[: len(parts)], maxima)
+
+    for got, want in zip(run(parts, maxima), expected, strict=True):
+        assert_bits_equal(got, want)
+    for got, want in zip(torch.compile(run, fullgraph=True)(parts[:3], maxima[:3]), expected[:3], strict=True):
         assert_bits_equal(got, want)
 
 
