@@ -13,7 +13,7 @@ nothing of one another; shared by them are
     rewrite_context `Rewrite`, what they hand to one another       weights           `Weight` and its uses
     graph_walk      views and checkpoint bodies                    input_layout      the inputs that are added
     operations      what an operation does with a weight           parameter_constants  what is computed of parameters
-    runner          runs them, timed, logged and traced
+    runner          runs them, timed, logged and traced              weight_maxima     maxima over several ranks
 """
 
 from __future__ import annotations

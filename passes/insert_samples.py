@@ -9,12 +9,10 @@ import torch
 from torch import fx
 
 from gws_compile.config import Config
-from gws_compile.numerics.blocks import Block, block_argument, clamped, matrix_shape
-from gws_compile.numerics.scales import needs_block_maximum
+from gws_compile.numerics.blocks import block_argument, clamped, matrix_shape
 from gws_compile.numerics.shards import ShardRange, from_local_like
 from gws_compile.numerics.widths import parameter_shape
 from gws_compile.ops.sample_arguments import MaximumArguments, SampleArguments
-from gws_compile.settings.weight_settings import WeightSettings
 from gws_compile.torch_internals.distributed import local_example, maximum_over_ranks
 from gws_compile.torch_internals.fake_tensors import fake_like
 from gws_compile.torch_internals.graphs import add_placeholder, example_value, set_gradients
@@ -25,6 +23,7 @@ from .gradient_modes import gradient_modes
 from .graph_walk import GRADIENTS, READS, End, Place, Step
 from .input_layout import InputLayout, LearnedInput
 from .rewrite_context import Rewrite, Sample
+from .weight_maxima import maxima_of, spread_dims
 from .weights import Weight
 
 _LEFT_OUT = "the pass insert_samples is left out"
@@ -131,14 +130,6 @@ def _add_widths(gm: fx.GraphModule, weight: Weight, number: int) -> fx.Node:
     shape = parameter_shape(*matrix_shape(local, dims), sides, settings.learned.granularity)
     parameter = torch.ones(shape, dtype=torch.float32, device=weight.device, requires_grad=True)
     return add_placeholder(gm.graph, f"gws_bits_{number}", fake_like(parameter, example_value(weight.node)))
-
-
-def _maxima_of(settings: WeightSettings) -> tuple[Block, bool]:
-    """Of which blocks a sample has to know maxima that may lie on several ranks; and whether over what is finite alone.
-
-    The scale ``"nvfp4"`` has a level for the whole matrix.
-    """
-    return ((None, None), True) if settings.scale == "nvfp4" else (settings.block, False)
 
 
 @dataclass(frozen=True)
@@ -267,9 +258,9 @@ class _Inserter:
         The ranks of a weight agree on whether there are any, as all of them have to compute them together.
         """
         settings, dims = weight.sampled_as, weight.reads[0].batch_dims
-        block, finite = _maxima_of(settings)
-        spread = shard.spread_dims(dims, block)
-        if not spread or not needs_block_maximum(settings.fmt, settings.scale, settings.noise):
+        block, finite = maxima_of(settings)
+        spread = spread_dims(shard, dims, settings)
+        if not spread:
             return None
         graph = place.module.graph
         given = MaximumArguments(held, dims, block_argument(block), finite)

@@ -10,7 +10,10 @@ from gws_compile.settings.weight_settings import WeightSettings
 from gws_compile.weight_names import first_match
 
 from .rewrite_context import Rewrite
+from .weight_maxima import spread_dims
 from .weights import Use, Weight
+
+_NOTHING_HERE = "no part of it lies on this rank"
 
 
 def select_weights(rewrite: Rewrite, *, config: Config) -> None:
@@ -31,11 +34,25 @@ def select_weights(rewrite: Rewrite, *, config: Config) -> None:
     for weight in rewrite.weights:
         weight.settings = config.settings_of(weight.names)
         weight.reason, weight.may_be_read = _judge(weight, config)
+    for weight in rewrite.weights:
+        if weight.shard is not None and weight.settings is not None and weight.reads:
+            _check_ranks(weight, weight.shard, weight.settings)
     for weight in rewrite.selected:
         for read in weight.reads:
             read.noisy = weight.sampled_as.noise != "none" and weight.trainable and read.gradients
         if weight.shard is not None:
             _check_shard(weight, weight.shard, weight.sampled_as)
+
+
+def _check_ranks(weight: Weight, shard: ShardRange, settings: WeightSettings) -> None:
+    if not shard.empty_somewhere or weight.reason not in (None, _NOTHING_HERE):
+        return
+    if spread_dims(shard, weight.reads[0].batch_dims, settings):
+        raise ValueError(
+            f"{weight.name}: some ranks hold no part of the weight of shape {shard.whole}, whose maxima are those over "
+            f"all ranks (block {settings.block}, scale {settings.scale!r}): use another number of ranks, another block "
+            "or scale, or exclude the weight"
+        )
 
 
 def _check_shard(weight: Weight, shard: ShardRange, settings: WeightSettings) -> None:
@@ -110,7 +127,7 @@ def _unwanted(weight: Weight, config: Config) -> str | None:
     if any(n == 0 for n in weight.shape):
         return "empty"
     if weight.shard is not None and 0 in weight.shard.local:
-        return "no part of it lies on this rank"
+        return _NOTHING_HERE
     return None
 
 

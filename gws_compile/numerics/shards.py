@@ -23,11 +23,13 @@ class ShardRange:
         whole: shape of the weight.
         local: shape of the part.
         offset: index, in the whole weight, of the part's first element.
+        empty_somewhere: some rank has no part.
     """
 
     whole: tuple[int, ...]
     local: tuple[int, ...]
     offset: tuple[int, ...]
+    empty_somewhere: bool = False
 
     def cut_block(self, batch_dims: int, block: Block) -> str | None:
         """Why a block that is not as long as the weight lies on several ranks; None if none does.

@@ -11,7 +11,9 @@ from ..weight_names import WRAPPERS
 
 
 def edge_blocks(model: nn.Module, *, first: int = 0, last: int = 0) -> list[str]:
-    """Globs on the weights of a model's first and last blocks, for a rule: ``(edge_blocks(model, first=2, last=8), None)``.
+    """Globs on the weights of a model's first and last blocks, for a rule.
+
+        rules=[(gws_compile.edge_blocks(model, first=2, last=8), None), ("*.mlp.*", "nvfp4")]
 
     The blocks are the numbered children of one class, in ``nn.ModuleList`` or ``nn.Sequential``, that hold most of the
     model's parameters: decoder layers, residual blocks. They are counted through the model, in the order in which it

@@ -15,13 +15,17 @@ from .lookup import find
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.tensor import DTensor
 
 
-def shard_range(value: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """What this rank holds of a DTensor: (local shape, offset in the whole tensor); None for a plain tensor.
+def shard_range(value: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...], bool] | None:
+    """What this rank holds of a DTensor; None for a plain tensor.
 
     Relies on ``torch.distributed.tensor._utils.compute_local_shape_and_global_offset``.
     Checked on torch 2.11 to 2.15.
+
+    Returns:
+        The local shape, its offset in the whole tensor, and whether some rank holds nothing while several hold parts.
 
     Raises:
         ValueError: a placement other than Shard and Replicate.
@@ -36,7 +40,20 @@ def shard_range(value: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] 
         raise ValueError(f"placements {value.placements}")
     compute = find("torch.distributed.tensor._utils", "compute_local_shape_and_global_offset")
     shape, offset = compute(value.shape, value.device_mesh, value.placements)
-    return tuple(shape), tuple(offset)
+    return tuple(shape), tuple(offset), _empty_beside_parts(value)
+
+
+def _empty_beside_parts(value: DTensor) -> bool:
+    sizes = list(value.shape)
+    for ranks, placement in zip(value.device_mesh.shape, value.placements, strict=True):
+        if placement.is_shard():
+            size = sizes[placement.dim]
+            chunk = -(-size // ranks)  # all have as much, but for the last ones
+            last = max(size - chunk * (ranks - 1), 0)
+            if chunk < size and last == 0:
+                return True
+            sizes[placement.dim] = last
+    return False
 
 
 def local_example(value: Any) -> torch.Tensor:

@@ -28,10 +28,9 @@ from gws_compile.ops.sample_arguments import OPERATOR_VERSION
 pytest.importorskip("triton")
 
 KEY = torch.tensor([123456789, -987654321], dtype=torch.int32)
-ON = torch.tensor([7, -1], dtype=torch.int32)
-OFF = torch.tensor([7, 0], dtype=torch.int32)
-LEARNING = torch.tensor([7, -1, 0, 0], dtype=torch.int32)
-FROZEN = torch.tensor([7, -1, -1], dtype=torch.int32)
+ON = torch.tensor([7, -1, 0, 0], dtype=torch.int32)
+OFF = torch.tensor([7, 0, 0, 0], dtype=torch.int32)
+FROZEN = torch.tensor([7, -1, -1, 0], dtype=torch.int32)
 RULE = gws_compile.LearnedBits().rule.spec
 BITS = {"e4m3": 5.0, "e2m1": 3.0, "e5m2": 4.0, "e8m7": 9.0, "e8m23": 24.0, "e7m23": 24.0}
 NOISES = ("rounded_normal", "uniform", "none")
@@ -56,7 +55,17 @@ def sample(
 ) -> torch.Tensor:
     weight = (w, key, clock, batch_dims)
     rest = (None, "", *shard, None, out_dtype, True, OPERATOR_VERSION)
-    return torch.ops.gws.sample_weight(*weight, fmt, BITS[fmt], noise, block, scale, *rest)
+    return torch.ops.gws.sample_weight(*weight, fmt, {**BITS, "int4": 4.0}[fmt], noise, block, scale, *rest)
+
+
+def moved_width(w: torch.Tensor, clock: torch.Tensor) -> torch.Tensor:
+    """A weight whose width is the clock's fourth word."""
+    rest = (None, "", [], [], None, None, True, OPERATOR_VERSION)
+    return torch.ops.gws.sample_weight(w, KEY, clock, 0, "e4m3", None, "rounded_normal", (16, 32), "amax", *rest)
+
+
+def weight_maximum(w: torch.Tensor, block: tuple[int, int], batch_dims: int, finite: bool) -> torch.Tensor:
+    return torch.ops.gws.weight_maximum(w, batch_dims, block, finite, OPERATOR_VERSION)
 
 
 def train_step(x: torch.Tensor, inner: str) -> list[torch.Tensor]:
@@ -68,17 +77,15 @@ def train_step(x: torch.Tensor, inner: str) -> list[torch.Tensor]:
     return [y.detach(), *(p.grad for p in model.parameters())]
 
 
-def learned(w: torch.Tensor, b: torch.Tensor, clock: torch.Tensor, noise: str) -> torch.Tensor:
+def learned(w: torch.Tensor, b: torch.Tensor, clock: torch.Tensor, noise: str, scale: str = "floor") -> torch.Tensor:
     """A weight with learned widths, and the cast of autocast behind it."""
     return torch.ops.gws.sample_weight(
-        w, KEY, clock, 0, "e8m7", 0.0, noise, (32, 32), "floor", b, RULE, [], [], None, None, True, OPERATOR_VERSION
+        w, KEY, clock, 0, "e8m7", 0.0, noise, (32, 32), scale, b, RULE, [], [], None, None, True, OPERATOR_VERSION
     ).to(torch.bfloat16)
 
 
 def bits_gradient(grad: torch.Tensor, w: torch.Tensor, b: torch.Tensor, noise: str) -> torch.Tensor:
-    return torch.ops.gws.bits_gradient(
-        grad, w, KEY, LEARNING, b, 0, noise, (32, 32), RULE, [], [], None, OPERATOR_VERSION
-    )
+    return torch.ops.gws.bits_gradient(grad, w, KEY, ON, b, 0, noise, (32, 32), RULE, [], [], None, OPERATOR_VERSION)
 
 
 def extrema(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,16 +172,39 @@ ONCE = {
     "part of a weight": sample_call(randn(32, 64), shard=((96, 128), (32, 64))),
     "part of experts": sample_call(randn(2, 32, 32), batch_dims=1, shard=((6, 64, 96), (2, 32, 64))),
 }
+# Exact scales and those of two levels, integers, blocks as long as a row or a matrix, also beyond what a program keeps.
+EXACT = {
+    "amax": sample_call(all_kinds_of_blocks(), scale="amax"),
+    "amax, whole blocks": sample_call(whole_blocks(), "e5m2", "uniform", "amax", out_dtype=torch.bfloat16),
+    "amax, bf16 weight as float32": sample_call(randn(32, 64).bfloat16(), scale="amax", out_dtype=torch.float32),
+    "amax, rows": sample_call(randn(12, 72), scale="amax", block=(1, 0)),
+    "amax, long rows": sample_call(randn(6, 1100), scale="amax", block=(1, 0)),
+    "amax, a matrix": sample_call(randn(40, 70), noise="none", scale="amax", block=(0, 0)),
+    "nvfp4": sample_call(all_kinds_of_blocks(), "e2m1", scale="nvfp4", block=(16, 16)),
+    "nvfp4, whole blocks": sample_call(
+        whole_blocks(), "e2m1", "uniform", "nvfp4", block=(16, 16), out_dtype=torch.bfloat16
+    ),
+    "nvfp4, experts": sample_call(randn(3, 32, 48), "e2m1", scale="nvfp4", block=(16, 16), batch_dims=1),
+    "int4, groups": sample_call(randn(12, 160), "int4", scale="amax", block=(1, 64)),
+}
+MOVED_CLOCK = torch.cat([ON[:3], torch.tensor([2.0**-2.7]).view(torch.int32)])
+MOVED = {"amax, a width from the clock": Call(moved_width, (randn(40, 70), MOVED_CLOCK))}
+MAXIMA = {
+    "maxima of blocks": Call(weight_maximum, (all_kinds_of_blocks(), (16, 32), 0, False)),
+    "maxima of rows": Call(weight_maximum, (randn(6, 1100).bfloat16(), (1, 0), 0, False)),
+    "finite maxima of matrices": Call(weight_maximum, (all_kinds_of_blocks().view(2, 20, 70), (0, 0), 1, True)),
+}
 # Index arithmetic differs: a width that is a power of two is divided by shifts.
 LINEARS = {name: codegen.call(codegen.CASES[name]) for name in ("4096 x 4096", "2304 x 768")}
 TWICE = {f"{name}, read twice": codegen.call(codegen.CASES[f"{name}, read twice"]) for name in LINEARS}
 WIDTHS = torch.tensor([[1.0, -0.5, 0.0], [0.49, 2.4, 9.0]])  # 6, 3, 4, 4.98, 8.8 and 10 bits
 LEARNED = {
-    "learned": Call(learned, (all_kinds_of_blocks(), WIDTHS, LEARNING, "rounded_normal")),
-    "learned, uniform": Call(learned, (randn(40, 70), WIDTHS, LEARNING, "uniform")),
+    "learned": Call(learned, (all_kinds_of_blocks(), WIDTHS, ON, "rounded_normal")),
+    "learned, uniform": Call(learned, (randn(40, 70), WIDTHS, ON, "uniform")),
     "learned, frozen": Call(learned, (randn(40, 70).bfloat16(), WIDTHS, FROZEN, "rounded_normal")),
-    "learned, noise off": Call(learned, (all_kinds_of_blocks(), WIDTHS, OFF.new_tensor([7, 0, 0]), "rounded_normal")),
-    "learned, a width per weight": Call(learned, (randn(40, 70), torch.tensor(0.3), LEARNING, "rounded_normal")),
+    "learned, noise off": Call(learned, (all_kinds_of_blocks(), WIDTHS, OFF, "rounded_normal")),
+    "learned, amax": Call(learned, (all_kinds_of_blocks(), WIDTHS, FROZEN, "rounded_normal", "amax")),
+    "learned, a width per weight": Call(learned, (randn(40, 70), torch.tensor(0.3), ON, "rounded_normal")),
 }
 GRADIENTS = {
     "gradient": Call(bits_gradient, (randn(40, 70, seed=1), randn(40, 70), WIDTHS, "rounded_normal")),
@@ -182,15 +212,13 @@ GRADIENTS = {
     "gradient of a weight": Call(bits_gradient, (randn(40, 70, seed=1), randn(40, 70), torch.tensor(0.3), "uniform")),
 }
 LARGE = {
-    "learned 4096 x 4096": Call(
-        learned, (meta(4096, 4096), meta(128, 128), LEARNING, "rounded_normal"), interpret=False
-    ),
+    "learned 4096 x 4096": Call(learned, (meta(4096, 4096), meta(128, 128), ON, "rounded_normal"), interpret=False),
     "gradient 4096 x 4096": Call(
         bits_gradient, (meta(4096, 4096), meta(4096, 4096), meta(128, 128), "rounded_normal"), interpret=False
     ),
 }
 BEYOND_INT32, TRAIN, EXTREMA = "more than 2**31 elements", "training", "extrema"
-CALLS = (SAMPLES | ONCE | LINEARS | TWICE | LEARNED | GRADIENTS | LARGE) | {
+CALLS = (SAMPLES | ONCE | EXACT | MOVED | MAXIMA | LINEARS | TWICE | LEARNED | GRADIENTS | LARGE) | {
     BEYOND_INT32: sample_call(meta(2**16, 2**15 + 2, dtype=torch.bfloat16), interpret=False),
     TRAIN: Call(train_step, (randn(4, 40), "inductor"), compiled=False),
     EXTREMA: Call(extrema, (torch.tensor([[1.0, -3.0, 2.0], [5.0, torch.nan, -1.0], [-torch.inf, 0.0, 0.5]]),)),
@@ -252,13 +280,13 @@ def test_kernel_count(outcomes, name):
     assert len(kernel_sources(outcomes[name].sources[0])) == wanted
 
 
-@pytest.mark.parametrize("name", [*SAMPLES, *ONCE, *LINEARS, *TWICE])
+@pytest.mark.parametrize("name", [*SAMPLES, *ONCE, *EXACT, *MOVED, *MAXIMA, *LINEARS, *TWICE])
 def test_no_call_outside_the_kernels(outcomes, name):
     assert "torch.ops.gws" not in code(outcomes[name])
     assert set(re.findall(r"\b(?:libdevice|tl_math)\.(\w+)", code(outcomes[name]))) <= {"abs"}
 
 
-@pytest.mark.parametrize("name", [*SAMPLES, *ONCE, *LINEARS, *TWICE])
+@pytest.mark.parametrize("name", [*SAMPLES, *ONCE, *EXACT, *MOVED, *MAXIMA, *LINEARS, *TWICE])
 def test_indices_are_int32(outcomes, name):
     assert "tl.int64" not in code(outcomes[name])
     assert "'i64'" not in code(outcomes[name])
@@ -284,9 +312,17 @@ def assert_same_bits(actual: torch.Tensor, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(actual, wanted, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", [*SAMPLES, *ONCE])
+@pytest.mark.parametrize("name", [*SAMPLES, *ONCE, *EXACT, *MOVED])
 def test_results_are_those_of_the_eager_kernel(outcomes, name):
-    assert_same_bits(outcomes[name].result, sample(*CALLS[name].args))
+    assert_same_bits(outcomes[name].result, CALLS[name].fn(*CALLS[name].args))
+
+
+@pytest.mark.parametrize("name", MAXIMA)
+def test_maxima_are_those_of_the_eager_kernel(outcomes, name):
+    """As bits, among which those of a NaN may be any."""
+    got, wanted = outcomes[name].result, weight_maximum(*MAXIMA[name].args)
+    assert got.dtype == torch.int32
+    assert_same_bits(got.view(torch.float32), wanted.view(torch.float32))
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -382,8 +418,11 @@ def test_budget(figures):
     assert [kernel.bytes for kernel in figures["4096 x 4096, read twice", 90]] == [4, 4 + 2]
 
 
-@pytest.mark.parametrize("name", [*LINEARS, *TWICE])
-@pytest.mark.parametrize("capability", [80, 90, 100])
+ROUNDED = [(name, capability) for name in (*LINEARS, *TWICE) for capability in (80, 90, 100)]
+ROUNDED += [("amax, whole blocks", 90), ("nvfp4, whole blocks", 90)]
+
+
+@pytest.mark.parametrize(("name", "capability"), ROUNDED)
 def test_rounding_is_left_alone(outcomes, name, capability):
     """A fused multiply-add rounds once where the eager kernel rounds twice, unless the product is exact: by a power of
     two. And .ftz would drop subnormals."""

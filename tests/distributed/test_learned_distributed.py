@@ -13,7 +13,7 @@ import gws_compile
 from gws_compile import LearnedBits
 
 STEPS = 4
-VARIANTS = ("ddp", "ddp, accumulating", "fsdp, blocks", "fsdp, whole", "tensor")
+VARIANTS = ("ddp", "ddp, accumulating", "fsdp, blocks", "fsdp, whole", "tensor", "tensor, rows")
 
 
 def model_and_batches():
@@ -21,9 +21,10 @@ def model_and_batches():
     return TwoBlocks(inner=96), [torch.randn(8, 40) for _ in range(STEPS)]
 
 
-def make(granularity="block"):
+def make(granularity, variant):
     bits = LearnedBits(granularity=granularity, average=5.0)
-    return gws_compile.backend(bits=bits, block=(16, 16), inner="aot_eager")
+    block = (1, None) if "rows" in variant else (16, 16)
+    return gws_compile.backend(bits=bits, block=block, inner="aot_eager")
 
 
 def train(call, model, backend, micro_batches):
@@ -48,13 +49,13 @@ def train(call, model, backend, micro_batches):
 def run_variant(rank, mesh, variant, granularity):
     torch._dynamo.reset()
     model, batches = model_and_batches()
-    backend = make(granularity)
+    backend = make(granularity, variant)
     backend.prepare(model, batches[0])
     share = [x.chunk(2)[rank].chunk(2 if "accumulating" in variant else 1) for x in batches]
     call = None
     if variant.startswith("ddp"):
         model = DistributedDataParallel(model)
-    elif variant == "tensor":
+    elif variant.startswith("tensor"):
         share = [[x] for x in batches]
         for block in (model.first, model.second):
             parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
@@ -88,7 +89,7 @@ def ranks():
 def test_two_ranks_are_one_process(ranks, variant, granularity):
     torch._dynamo.reset()
     model, batches = model_and_batches()
-    backend = make(granularity)
+    backend = make(granularity, variant)
     backend.prepare(model, batches[0])
     expected = train(torch.compile(model, backend=backend), model, backend, [[x] for x in batches])
     widths = {n: p.detach() for n, p in backend.named_parameters()}

@@ -1,5 +1,7 @@
 """Tensor parallelism (DTensor, `parallelize_module`) on two ranks: the run of the unsharded model."""
 
+import re
+
 import pytest
 import torch
 from support import eager
@@ -20,6 +22,11 @@ VARIANTS = {
     "no blocks": {"block": (32, 32), "noise": "none", "scale": None},
     "recompute": {"block": (16, 24), "backward": "recompute", "inner": "inductor"},
     "uniform noise": {"block": (8, 48), "noise": "uniform", "inner": "inductor"},
+    # Maxima over the ranks: of the matrix, of rows that both have a part of, of a block that is as long as the weight.
+    "a level for the matrix": {"fmt": "nvfp4", "inner": "inductor"},
+    "rows": {"fmt": "fp8_channel"},
+    "a scale for the matrix": {"fmt": "int8", "block": (None, None), "inner": "inductor"},
+    "recompute rows": {"fmt": "int4", "block": (1, 1000), "backward": "recompute", "inner": "inductor"},
 }
 
 
@@ -45,7 +52,7 @@ def train(mesh, settings):
     torch._dynamo.reset()
     model, batches = model_and_batches()
     parallel(model, mesh)
-    backend = gws_compile.backend("fp6_e3m2", **{"inner": "aot_eager", **settings})
+    backend = gws_compile.backend(**{"fmt": "fp6_e3m2", "inner": "aot_eager", **settings})
     compiled = torch.compile(model, backend=backend)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
@@ -91,6 +98,17 @@ def cut_block(mesh):
         return str(error)
 
 
+def nothing_on_a_rank(mesh):
+    """Five rows on four ranks, with a scale for the whole matrix: what every rank says, none waits for another."""
+    torch._dynamo.reset()
+    model = Experts(distribute_tensor(torch.randn(1, 5, 32), mesh, [Shard(1)]))
+    backend = gws_compile.backend("fp8_tensor", inner="eager")
+    try:
+        torch.compile(model, backend=backend)(torch.randn(1, 8, model.weight.to_local().shape[1]))
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        return str(error)
+
+
 def replicated(mesh):
     """A weight that is a DTensor, whole on every rank."""
     torch._dynamo.reset()
@@ -109,7 +127,11 @@ def replicated(mesh):
 def run_rank(rank):
     mesh = init_device_mesh("cpu", (2,))
     results = {name: train(mesh, settings) for name, settings in VARIANTS.items()}
-    return results | {"experts": expert_parallel(rank, mesh), "cut": cut_block(mesh), "replicated": replicated(mesh)}
+    return results | {
+        "experts": expert_parallel(rank, mesh),
+        "cut": cut_block(mesh),
+        "replicated": replicated(mesh),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +144,7 @@ def test_two_ranks_are_the_unsharded_model(ranks, variant):
     model, batches = model_and_batches()
     sampled = [n for n, p in model.named_parameters() if p.ndim == 2]
     settings = {k: v for k, v in VARIANTS[variant].items() if k not in ("backward", "inner")}
-    losses = eager.train(model, batches, loss_of, sampled, "fp6_e3m2", **settings)
+    losses = eager.train(model, batches, loss_of, sampled, settings.pop("fmt", "fp6_e3m2"), **settings)
     for got, state, weights in (rank[variant] for rank in ranks):
         torch.testing.assert_close(got, losses, rtol=1e-6, atol=0)
         for name, parameter in model.named_parameters():
@@ -153,7 +175,7 @@ def train_2d(rank):
     model, batches = model_and_batches()
     parallel(model, mesh["tensor"])
     fully_shard(model, mesh=mesh["data"])
-    backend = gws_compile.backend("fp6_e3m2", block=(16, 16), inner="aot_eager")
+    backend = gws_compile.backend("nvfp4", inner="aot_eager")
     model.compile(backend=backend)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
@@ -163,18 +185,19 @@ def train_2d(rank):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return losses, {n: p.full_tensor().detach() for n, p in model.named_parameters()}
+    state = {n: p.full_tensor().detach() for n, p in model.named_parameters()}
+    return losses, state, nothing_on_a_rank(init_device_mesh("cpu", (4,)))
 
 
 def test_with_fsdp_on_four_ranks():
     ranks = run_ranks(train_2d, world=4)
     model, batches = model_and_batches()
-    expected = eager.train(
-        model, batches, loss_of, ("up.weight", "down.weight", "out.weight"), "fp6_e3m2", block=(16, 16)
-    )
-    mean = [sum(four) / 4 for four in zip(*(losses for losses, _ in ranks), strict=True)]
+    expected = eager.train(model, batches, loss_of, ("up.weight", "down.weight", "out.weight"), "nvfp4")
+    mean = [sum(four) / 4 for four in zip(*(losses for losses, _, _ in ranks), strict=True)]
     torch.testing.assert_close(mean, expected, rtol=1e-6, atol=0)
-    for _, state in ranks:
+    message = r"weight: some ranks hold no part of the weight of shape \(1, 5, 32\), whose maxima .* all ranks"
+    for _, state, refused in ranks:
+        assert re.search(message, refused)
         for name, value in state.items():
             torch.testing.assert_close(value, model.get_parameter(name).detach(), rtol=0, atol=1e-7)
 
@@ -204,3 +227,20 @@ def test_with_fsdp_on_four_ranks():
 )
 def test_what_cuts_a_block(shard, batch_dims, block, cut):
     assert shard.cut_block(batch_dims, block) == cut
+
+
+@pytest.mark.parametrize(
+    ("shard", "batch_dims", "block", "dims"),
+    [
+        (ShardRange((64, 48), (32, 48), (32, 0)), 0, (1, None), ()),  # rows are whole
+        (ShardRange((64, 48), (64, 25), (0, 0)), 0, (1, None), (1,)),
+        (ShardRange((64, 48), (32, 24), (32, 24)), 0, (None, None), (0, 1)),
+        (ShardRange((64, 48), (32, 24), (32, 24)), 0, (64, 24), (0,)),  # as long as the weight
+        (ShardRange((64, 32, 4, 4), (64, 32, 2, 4), (0, 0, 2, 0)), 0, (32, None), (2,)),
+        (ShardRange((8, 40, 40), (3, 40, 40), (3, 0, 0)), 1, (None, None), ()),  # experts are whole
+        (ShardRange((8, 40, 40), (3, 20, 40), (3, 20, 0)), 1, (None, None), (1,)),
+    ],
+)
+def test_blocks_as_long_as_the_weight_are_cut(shard, batch_dims, block, dims):
+    assert shard.cut_block(batch_dims, block) is None
+    assert shard.spread_dims(batch_dims, block) == dims

@@ -40,10 +40,11 @@ def sample(
 
 
 FORMATS = ("fp4_e2m1", "fp6_e3m2", "fp6_e2m3", "fp8_e4m3", "fp8_e5m2", "fp12_e4m7", "e5m10", "e2m22", "bf16")
+INTEGERS = ("int2", "int4", "int8")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("scale", ["floor", "ceil", ""])
+@pytest.mark.parametrize("scale", ["floor", "ceil", "amax", ""])
 def test_a_block_is_cast_as_quantize_casts_it(scale, dtype):
     """Every format as an operand of the mixed cast: bit for bit, weights of all magnitudes, NaN and zero blocks."""
     ordinary = random_floats((100, 72), 1, (-30, 5))
@@ -53,7 +54,7 @@ def test_a_block_is_cast_as_quantize_casts_it(scale, dtype):
             w = w.clamp(-60000, 60000)
         w = w.to(dtype)
         w[40, 40], w[:32, 32:64] = float("nan"), 0
-        for fmt in FORMATS:
+        for fmt in FORMATS + INTEGERS * bool(scale):
             rule = LearnedBits(formats=(fmt,)).rule
             expected = gws_compile.quantize(w, fmt, scale=scale or None)
             expected[32:64, 32:64] = float("nan")  # the block maximum is read even where the cast alone would not
