@@ -115,14 +115,19 @@ def checked(name: str, value: Any, source: str) -> Any:
         ValueError: a bad value.
     """
     try:
-        if isinstance(value, str):
-            value = read(name, value)
-        elif name in _TABLES:
-            value = _TABLES[name](value)
-        Config.make(**{name: value})
+        value = _value(name, value)
+        # Elements with which every scale is good: what is given beside it is not known here.
+        Config.make(**{"fmt": "fp4_e2m1", name: value})
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     return value
+
+
+def _value(name: str, value: Any) -> Any:
+    """What a setting is, from text or from what a TOML file holds."""
+    if isinstance(value, str):
+        return read(name, value)
+    return _TABLES[name](value) if name in _TABLES else value
 
 
 def nearest(name: str, accepted: Iterable[str]) -> str:
@@ -196,11 +201,10 @@ def _rules_of(tables: Any) -> Any:
 
 
 def _rule_of(table: dict[str, Any]) -> RuleLike:
-    values = {name: read(name, value) if isinstance(value, str) else value for name, value in table.items()}
     match = table.get("match")
     if match is None:
         raise ValueError(f"a rule needs match = a glob, or a list of them, got {table!r}")
-    values.pop("match")
+    values = {name: _value(name, value) for name, value in table.items() if name != "match"}
     if values == {"fmt": "none"}:
         return match, None
     return match, values
@@ -227,7 +231,7 @@ def _block(text: str) -> Any:
 
 
 def _side(side: Any) -> Any:
-    return None if side in ("all", "none") else side
+    return None if isinstance(side, str) and side.lower() in ("all", "none") else side
 
 
 def _globs(text: str) -> tuple[str, ...] | str:

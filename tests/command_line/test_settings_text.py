@@ -8,7 +8,7 @@ import pytest
 from gws_compile.passes import SKIP_VARIABLE
 
 import gws_compile
-from gws_compile import LearnedBits
+from gws_compile import LearnedBits, Schedule
 from gws_compile.command_line.settings_text import NAMES, from_environment, from_file, nearest, read, variable
 from gws_compile.config import SETTINGS, Config
 
@@ -24,6 +24,22 @@ from gws_compile.config import SETTINGS, Config
         ("bits", "learned:average=5,granularity=weight", LearnedBits(average=5.0, granularity="weight")),
         ("block", "16x32", (16, 32)),
         ("block", "(16, 32)", (16, 32)),
+        ("block", "1xall", (1, None)),
+        ("block", "(None, 16)", (None, 16)),
+        ("fmt", "nvfp4", "nvfp4"),
+        ("fmt", "int4", "int4"),
+        ("rules", "*.mlp.*=nvfp4", (("*.mlp.*", {"fmt": "nvfp4"}),)),
+        (
+            "rules",
+            "a.*=fp8_e4m3,block=1xall,bits=4; b.*=none;c.*=noise=uniform,scale=none",
+            (
+                ("a.*", {"fmt": "fp8_e4m3", "block": (1, None), "bits": 4.0}),
+                ("b.*", None),
+                ("c.*", {"noise": "uniform", "scale": None}),
+            ),
+        ),
+        ("schedule", "start=10,stop=900", Schedule(start=10, stop=900)),
+        ("schedule", "bits=0:8/1000:4.5", Schedule(bits=((0, 8.0), (1000, 4.5)))),
         ("scale", "none", None),
         ("scale", "ceil", "ceil"),
         ("include", "*.mlp.*, *.attn.*", ("*.mlp.*", "*.attn.*")),
@@ -52,6 +68,12 @@ def test_text_and_environment(name, text, value):
         ("GWS_BLOCK", "32", "GWS_BLOCK='32': block must be two positive ints"),
         ("GWS_BLOCK", "a x 3", "GWS_BLOCK='a x 3': block must be two positive ints"),
         ("GWS_SCALE", "round", "GWS_SCALE='round': scale must be one of 'floor', 'ceil', 'amax', 'nvfp4', None"),
+        ("GWS_RULES", "nvfp4", "GWS_RULES='nvfp4': a rule is GLOB=FORMAT, GLOB=none, or GLOB=KEY=VALUE,... with fmt"),
+        ("GWS_RULES", "a=fp7", "GWS_RULES='a=fp7': rules[0], 'a': unknown format 'fp7'; accepted"),
+        ("GWS_RULES", "a=int4;b=bit=3", "GWS_RULES='a=int4;b=bit=3': rules[1], 'b': unknown key 'bit': did you mean"),
+        ("GWS_SCHEDULE", "begin=3", "GWS_SCHEDULE='begin=3': Schedule has no 'begin': accepted: start, stop, bits"),
+        ("GWS_SCHEDULE", "stop=x", "GWS_SCHEDULE='stop=x': Schedule.stop must be an int above start=0"),
+        ("GWS_SCHEDULE", "bits=8", "GWS_SCHEDULE='bits=8': Schedule.bits takes points (step, bit width)"),
         ("GWS_INCLUDE", "", "GWS_INCLUDE='': include takes globs"),
         ("GWS_SEED", "x", "GWS_SEED='x': seed must be an int"),
         ("GWS_STRICT", "maybe", "GWS_STRICT='maybe': strict must be True or False, got 'maybe'"),
@@ -95,6 +117,31 @@ def test_file(tmp_path):
     assert hash(Config.make(**from_file(path))) == hash(expected)
 
 
+def test_rules_and_schedule_in_a_file(tmp_path):
+    path = tmp_path / "gws.toml"
+    path.write_text(
+        'fmt = "mxfp8"\n[schedule]\nstart = 5\nbits = [[10, 8.0], [100, 5]]\n'
+        '[[rules]]\nmatch = ["*.layers.0.*", "*.layers.1.*"]\nfmt = "none"\n'
+        '[[rules]]\nmatch = "*.mlp.*"\nfmt = "nvfp4"\nbits = 2.5\n'
+        '[[rules]]\nmatch = "*.attn.*"\nfmt = "fp4_e2m1"\nscale = "nvfp4"\nblock = "1x16"\n'
+        '[[rules]]\nmatch = "*.out.*"\nfmt = "int8"\nblock = [1, "all"]\n'
+    )
+    rules = [
+        (["*.layers.0.*", "*.layers.1.*"], None),
+        ("*.mlp.*", {"fmt": "nvfp4", "bits": 2.5}),
+        ("*.attn.*", {"fmt": "fp4_e2m1", "scale": "nvfp4", "block": (1, 16)}),
+        ("*.out.*", {"fmt": "int8", "block": (1, None)}),
+    ]
+    schedule = Schedule(start=5, bits=((10, 8.0), (100, 5)))
+    assert Config.make(**from_file(path)) == Config.make("mxfp8", rules=rules, schedule=schedule)
+
+
+def test_settings_that_are_good_together_are_not_refused_one_by_one():
+    given = {"GWS_FMT": "fp4_e2m1", "GWS_SCALE": "nvfp4", "GWS_RULES": "a=scale=nvfp4;b=bits=24"}
+    config = Config.make(**from_environment(given))
+    assert (config.scale, config.settings_of("a").scale, config.settings_of("b").bits) == ("nvfp4", "nvfp4", 24.0)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -102,6 +149,11 @@ def test_file(tmp_path):
         ("[bits]\navrage = 5", "LearnedBits has no 'avrage': did you mean 'average'?"),
         ("bits = 30", "bits = 30: bits must be a number from 2 to 24, got 30"),
         ('block = "32"', "block = '32': block must be two positive ints"),
+        ('[[rules]]\nfmt = "nvfp4"', "a rule needs match = a glob, or a list of them, got {'fmt': 'nvfp4'}"),
+        ('[[rules]]\nmatch = "a"\nfromat = "nvfp4"', "rules[0], 'a': unknown key 'fromat': did you mean 'fmt'?"),
+        ("[rules]\na = 3", "rules = {'a': 3}: rules must be a list of (glob, settings)"),
+        ("[schedule]\nbits = [[10, 8], [0, 5]]", "Schedule.bits must have ascending steps, got step 0 behind step 10"),
+        ("[schedule]\nbit = 3", "Schedule has no 'bit': did you mean 'bits'?"),
         ("seed = 1.5", "seed = 1.5: seed must be an int"),
         ("fmt = ", "is not TOML"),
     ],

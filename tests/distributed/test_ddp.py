@@ -11,7 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 import gws_compile
 
 STEPS, BATCH, WIDTH = 3, 16, 40
-VARIANTS = ("split", "whole", "split, accumulating", "whole, accumulating")
+VARIANTS = ("split", "whole", "split, accumulating", "whole, accumulating", "split, accumulating, scheduled")
+SCHEDULE = gws_compile.Schedule(start=1, bits=((1, 6.0), (2, 3.0)))
 
 
 class Net(nn.Module):
@@ -38,7 +39,11 @@ def train(rank, variant):
     dist._DEFAULT_FIRST_BUCKET_BYTES = 2000  # small enough that a bucket holds one layer
     single, batches = model_and_batches()
     model = DistributedDataParallel(single, bucket_cap_mb=0.004)
-    backend = gws_compile.backend("fp6_e3m2", inner="aot_eager" if "accumulating" in variant else "inductor")
+    backend = gws_compile.backend(
+        "fp6_e3m2",
+        schedule=SCHEDULE if "scheduled" in variant else None,
+        inner="aot_eager" if "accumulating" in variant else "inductor",
+    )
     compiled = torch.compile(model, backend=backend)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
@@ -75,7 +80,9 @@ def ranks():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_two_ranks_are_one_process(ranks, variant):
     model, batches = model_and_batches()
-    expected = eager.train(model, [[x] for x in batches], loss_of, ("a.weight", "b.weight", "c.weight"), "fp6_e3m2")
+    schedule = SCHEDULE if "scheduled" in variant else None
+    sampled = ("a.weight", "b.weight", "c.weight")
+    expected = eager.train(model, [[x] for x in batches], loss_of, sampled, "fp6_e3m2", schedule=schedule)
     mean = [sum(pair) / 2 for pair in zip(*(rank[variant][0] for rank in ranks), strict=True)]
     # One draw on every rank, or losses would differ in the second digit; gradients are averaged in another order.
     torch.testing.assert_close(mean, expected, rtol=1e-6, atol=0)

@@ -23,7 +23,8 @@ STEPS, BATCH = 3, 8
 VARIANTS = [
     f"{compiled}-{reshard}-{dtype}"
     for compiled, reshard, dtype in itertools.product(("blocks", "whole"), ("reshard", "keep"), ("float32", "bfloat16"))
-] + ["loop"]
+] + ["loop", "blocks-reshard-float32-scheduled"]
+SCHEDULE = gws_compile.Schedule(start=1, bits=((1, 6.0), (2, 3.0)))
 
 
 class Loop(nn.Module):
@@ -50,14 +51,15 @@ def model_and_batches(variant):
 def train(rank, mesh, variant):
     torch._dynamo.reset()
     model, batches = model_and_batches(variant)
-    compiled, reshard, dtype = variant.split("-") if "-" in variant else ("whole", "reshard", "float32")
+    compiled, reshard, dtype = variant.split("-")[:3] if "-" in variant else ("whole", "reshard", "float32")
+    schedule = SCHEDULE if "scheduled" in variant else None
     blocks = list(model.blocks) if variant == "loop" else [model.first, model.second]
     settings = {"mesh": mesh, "reshard_after_forward": reshard == "reshard"}
     if dtype == "bfloat16":
         settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
     for module in [*blocks, model]:
         fully_shard(module, **settings)
-    backend = gws_compile.backend("fp6_e3m2", inner="aot_eager")
+    backend = gws_compile.backend("fp6_e3m2", schedule=schedule, inner="aot_eager")
     if compiled == "whole":
         model = torch.compile(model, backend=backend)
     else:
@@ -100,7 +102,8 @@ def test_two_ranks_are_the_eager_oracle(ranks, variant):
     def call_as_fsdp(call, x):  # FSDP casts the inputs to the dtype of the parameters
         return loss_of(call, x.to(dtype or x.dtype))
 
-    losses = eager.train(oracle, batches, call_as_fsdp, sampled, "fp6_e3m2", dtype=dtype)
+    schedule = SCHEDULE if "scheduled" in variant else None
+    losses = eager.train(oracle, batches, call_as_fsdp, sampled, "fp6_e3m2", dtype=dtype, schedule=schedule)
     mean = [sum(pair) / 2 for pair in zip(*(rank[variant][0] for rank in ranks), strict=True)]
     torch.testing.assert_close(mean, losses, rtol=1e-6, atol=0)
     for _, state, _, _ in (rank[variant] for rank in ranks):

@@ -25,6 +25,7 @@ def gradients(
     *,
     dtype: torch.dtype | None = None,
     prefix: str = "",
+    schedule: gws_compile.Schedule | None = None,
     **settings: Any,
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of one forward and backward.
@@ -37,9 +38,12 @@ def gradients(
         step: number of the draw.
         dtype: what the weights are cast to before they are sampled.
         prefix: in front of the names that noise is drawn for.
+        schedule: says noise and width of the step.
         **settings: of `gws_compile.sample`.
     """
     sampled = set(sampled)
+    if schedule is not None:
+        settings |= {"bits": schedule.width(step)} | ({} if schedule.draws(step) else {"noise": "none"})
     values = {}
     for name, parameter in model.named_parameters():
         value = parameter.detach().to(dtype or parameter.dtype)
