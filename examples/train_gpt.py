@@ -8,11 +8,12 @@ byte by byte. Nothing is downloaded. The two runs differ in one argument:
 
 They start from the same weights, see the same batches, and take turns step by step, so that a busy machine slows both
 alike. A table then shows what the format costs: in loss (the held-out loss under a format is that of the cast weights,
-without noise, as they will be deployed) and in tokens per second. The loss curves go to ``out/train_gpt.png``, all
+without noise, as they will be deployed) and in tokens per second; beside it stand what the plain model's weights cost
+when they are cast afterwards, and the bytes of the weights that are deployed. The loss curves go to ``out/train_gpt.png``, all
 figures to ``out/train_gpt.json``.
 
     python examples/train_gpt.py                                     # about 3 minutes on two CPU cores
-    python examples/train_gpt.py --fmt fp8_e4m3 fp6_e3m2 fp4_e2m1    # several formats at once
+    python examples/train_gpt.py --fmt mxfp8 nvfp4 int4_group        # several formats at once, or presets
     python examples/train_gpt.py --learned block --average 5         # and bit widths that are learned
     python examples/train_gpt.py --model llama --size small --data my_text/
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import platform
 import statistics
@@ -173,12 +175,13 @@ def _postfix(run: Run) -> str:
 @contextmanager
 def cast_weights(model: torch.nn.Module, backend: gws_compile.Backend) -> Iterator[None]:
     """Inside a ``with`` block, the model has the weights that the backend rewrites cast to its format."""
-    fmt = backend.config.fmt
-    weights = [model.get_parameter(record.name) for record in backend.report().rewritten]
+    names = [record.name for record in backend.report().rewritten]
+    weights = [model.get_parameter(name) for name in names]
     saved = [weight.detach().clone() for weight in weights]
     with torch.no_grad():
-        for weight in weights:
-            weight.copy_(gws_compile.quantize(weight, fmt))
+        for name, weight in zip(names, weights, strict=True):
+            settings = backend.config.settings_of(name)
+            weight.copy_(gws_compile.quantize(weight, settings.fmt, settings.block, settings.scale))
         try:
             yield
         finally:
@@ -200,26 +203,46 @@ def _width(config: Any) -> str:
     return f"b = {config.bits:g}" if config.learned is None else "b learned"
 
 
+def deployed_bytes(run: Run, report: gws_compile.Report) -> int:
+    """Bytes of the matrices that a report lists as they are deployed: cast ones with their scales, others in bfloat16.
+
+    Args:
+        run: the run that is deployed; of the plain one all matrices are in bfloat16.
+        report: of this run's backend; for the plain run, of another's.
+    """
+    total = 0
+    for record in report:
+        stored = record.stored_bytes
+        if record.rewritten and stored is None:  # learned widths
+            stored = report.bits.by_weight[record.name].stored_bytes
+        total += 2 * math.prod(record.shape) if stored is None or run.backend is None else stored
+    return total
+
+
 def result_table(runs: Sequence[Run]) -> str:
     """Losses and speed of each run."""
     plain = runs[0]
     base_loss, base_speed = plain.held_out[-1][1], plain.tokens_per_second
+    reports = {run.name: run.backend.report() for run in runs if run.backend is not None}
+    of_plain = next(iter(reports.values()), None)
     rows: list[tuple[Any, ...]] = []
     for run in runs:
         loss, speed = run.held_out[-1][1], run.tokens_per_second
         row = (run.name, f"{run.final_train_loss:.4f}", f"{loss:.4f}", _percent(loss / base_loss), f"{speed:,.0f}")
         if run is plain:
-            rows.append((*row[:3], "", row[4], ""))
+            size = "" if of_plain is None else f"{deployed_bytes(run, of_plain):,}"
+            rows.append((*row[:3], "", row[4], "", size))
             continue
-        cast = run.cast_afterwards
-        rows.append((*row, _percent(base_speed / speed)))
+        cast, size = run.cast_afterwards, f"{deployed_bytes(run, reports[run.name]):,}"
+        rows.append((*row, _percent(base_speed / speed), size))
         if run.learned:
             continue
-        rows.append((f"plain, cast to {run.name} afterwards", "", f"{cast:.4f}", _percent(cast / base_loss), "", ""))
+        afterwards = (f"{cast:.4f}", _percent(cast / base_loss))
+        rows.append((f"plain, cast to {run.name} afterwards", "", *afterwards, "", "", size))
     return tabulate(
         rows,
-        headers=("model", "train loss", "held-out loss", "vs plain", "tokens/s", "overhead"),
-        colalign=("left", *["right"] * 5),
+        headers=("model", "train loss", "held-out loss", "vs plain", "tokens/s", "overhead", "matrices, bytes"),
+        colalign=("left", *["right"] * 6),
         disable_numparse=True,
     )
 
@@ -250,6 +273,7 @@ def figures(runs: Sequence[Run], text: Text, settings: Settings) -> dict[str, An
                 "final_held_out_loss": run.held_out[-1][1],
                 "plain_cast_afterwards_held_out_loss": run.cast_afterwards,
                 "tokens_per_second": run.tokens_per_second,
+                "deployed_bytes": None if run.backend is None else deployed_bytes(run, run.backend.report()),
                 "overhead": plain.tokens_per_second / run.tokens_per_second - 1,
                 "train_losses": run.train_losses,
                 "held_out_losses": run.held_out,
@@ -267,7 +291,9 @@ def _plain_value(value: Any) -> Any:
 def _backend_figures(backend: gws_compile.Backend) -> dict[str, Any]:
     config, report = backend.config, backend.report()
     return {
-        "fmt": config.fmt.name,
+        "fmt": config.weights.name,
+        "block": config.weights.block_text,
+        "scale": config.scale,
         "bits": config.bits if config.learned is None else backend.average_bits(),
         "learned": None if config.learned is None else asdict(config.learned)["granularity"],
         "share_of_formats": None if report.bits is None else report.bits.share,

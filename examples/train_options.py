@@ -58,7 +58,13 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Text, dict[str, gws_com
     size, device = ("small", "cuda") if cuda else ("tiny", "cpu")
     parser = argparse.ArgumentParser(description="Train a model plain and with low-precision weights, side by side.")
     add = parser.add_argument
-    add("--fmt", nargs="+", default=["fp8_e4m3"], metavar="FORMAT", help="formats, a run each (default: fp8_e4m3)")
+    add(
+        "--fmt",
+        nargs="+",
+        default=["fp8_e4m3"],
+        metavar="FORMAT",
+        help="formats or presets, a run each (default: fp8_e4m3)",
+    )
     add("--learned", choices=("block", "weight"), help="train once more with learned bit widths, per block or weight")
     add("--average", type=float, default=5.0, help="average that learned widths end with (default: %(default)s)")
     add("--backward", default="save", help="save, or recompute the weights in backward (default: %(default)s)")
@@ -88,7 +94,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Text, dict[str, gws_com
             )
             for fmt in args.fmt
         ]
-        named = {backend.config.fmt.name: backend for backend in backends}
+        named = {backend.config.weights.name: backend for backend in backends}
         if args.learned is not None:
             named[f"learned per {args.learned}"] = gws_compile.backend(
                 bits=gws_compile.LearnedBits(average=args.average, granularity=args.learned),
@@ -109,7 +115,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Text, dict[str, gws_com
 def add_training_options(parser: argparse.ArgumentParser, size: str) -> None:
     """Options of the model, its noise and its training; ``size`` is the default size of the model."""
     add = parser.add_argument
-    add("--bits", type=float, help="bit width of the noise (default: the format's mantissa bits + 2)")
+    add("--bits", type=float, help="bit width of the noise (default: that of each format)")
     add("--noise", default="rounded_normal", help="rounded_normal, uniform or none (default: %(default)s)")
     add("--inner", default="inductor", help="compiler: inductor, aot_eager or eager (default: %(default)s)")
     add("--model", choices=MODELS, default="gpt2", help="architecture (default: %(default)s)")

@@ -11,9 +11,13 @@ import torch
 
 from .elements import ElementFormat
 from .float32 import EXPONENT, MAGNITUDE, NAN, SIGN, bits_float32, float32_bits
+from .formats import FloatFormat
 from .integers import IntFormat
 from .primitives import Primitives, Value, wrap_int32
 from .scales import STORAGE
+
+_HALF = FloatFormat.make(5, 10, max=65504.0)
+"""float16, as an element format."""
 
 
 def largest_value(fmt: ElementFormat, scale: str | None, dtype: torch.dtype) -> float:
@@ -81,6 +85,38 @@ def round_scaled(p: Primitives, magnitude: Value, fmt: ElementFormat) -> Value:
         # A product by a power of two: exact, and a GPU makes one instruction of it and the addition behind it.
         c = p.fmul(p.bits_float(p.imax(p.iand(magnitude, EXPONENT), smallest)), 2.0 ** (23 - m))
     return p.float_bits(p.fsub(p.fadd(p.bits_float(magnitude), c), c))
+
+
+def round_to_dtype(p: Primitives, y: Value, dtype: torch.dtype) -> Value:
+    """``y`` rounded to what a 16-bit dtype holds, ties to even, as float32; ``y`` itself for float32. Not beyond max.
+
+    In a fused kernel the conversion that stores the result, and the one of a reader back to float32, are dropped as a
+    pair; what is on the dtype's grid already goes through them unchanged.
+    """
+    if dtype == torch.float32:
+        return y
+    bits = p.float_bits(y)
+    magnitude = p.iand(bits, MAGNITUDE)
+    if dtype == torch.bfloat16:
+        rounded = _round_wide(p, magnitude, STORAGE[dtype][1])
+    else:
+        rounded = round_scaled(p, p.imin(magnitude, float32_bits(_HALF.max)), _HALF)
+    # A NaN has no rest to be rounded; that of a broken block is the one written here.
+    rounded = p.iselect(p.ilt(magnitude, EXPONENT), rounded, NAN)
+    return p.bits_float(p.ior(rounded, p.iand(bits, SIGN)))
+
+
+def needs_rounding(fmt: ElementFormat, exact_powers: bool, dtype: torch.dtype) -> bool:
+    """Whether the grid has values that a 16-bit dtype does not hold.
+
+    Args:
+        fmt: the element format.
+        exact_powers: whether block scales are powers of two.
+        dtype: the weight's.
+    """
+    if dtype == torch.float16:  # its own subnormal values are coarser than those of a small block
+        return True
+    return dtype == torch.bfloat16 and (not exact_powers or fmt.mantissa_bits > STORAGE[dtype][1])
 
 
 def _round_wide(p: Primitives, magnitude: Value, m: int) -> Value:

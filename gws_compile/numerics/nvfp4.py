@@ -1,13 +1,13 @@
 """The block scale of NVFP4, in two levels: e4m3 for each block, and float32 for the whole matrix.
 
-    S_enc = min(2688 / A, 2**116)            A the maximum of the matrix, 2688 = 448 * 6; 1 where A is 0
+    S_enc = min(2688 / A, 2**115)            A the maximum of the matrix, 2688 = 448 * 6; 1 where A is 0
     S_b   = e4m3(min(a * (S_enc * (1/6)), 448))            a the block maximum
     q     = e2m1(w * (1 / (S_b * (1 / S_enc))))            saturated at +-6
     w_hat = q * X,  X = S_b / S_enc
 
 Sources: "Pretraining Large Language Models with NVFP4" (arXiv 2509.25149), and the order of the float32 operations of
 TransformerEngine's reference quantizer, with which codes and scales agree bit for bit. That one has float32's largest
-value for 2**116: then the scales of a matrix whose maximum is below 3.2e-32 are subnormal, and depend on a device's
+value for 2**115: then the scales of a matrix whose maximum is below 6.5e-32 are subnormal, and depend on a device's
 mode of flushing those to zero. Here they do not.
 """
 
@@ -28,13 +28,13 @@ ELEMENT = FORMATS["fp4_e2m1"]
 _STORED = FORMATS["fp8_e4m3"]
 """The format of S_b."""
 
-_LARGEST_ENCODE = 2.0**116
+_LARGEST_ENCODE = 2.0**115
 _SIXTH = nearest_float32(1 / ELEMENT.max)
 _ZERO = 0
 
 
 def encode_scale(p: Primitives, matrix_maximum: Value) -> Value:
-    """``S_enc``, float32, from the maximum over the matrix (over its blocks without NaN and Inf), float32."""
+    """``S_enc``, float32, from the maximum over what is finite of the matrix, float32."""
     bits = p.float_bits(matrix_maximum)
     smallest = ELEMENT.max * _STORED.max / _LARGEST_ENCODE
     encode = divide(p, ELEMENT.max * _STORED.max, p.bits_float(p.imax(bits, float32_bits(smallest))))

@@ -16,7 +16,7 @@ from functools import cache, partial
 
 import torch
 
-from .cast import cast, largest_value
+from .cast import cast, largest_value, needs_rounding, round_to_dtype
 from .elements import ElementFormat
 from .float32 import bits_float32
 from .grid_cast import Grid, block_grid, cast_to_grid
@@ -192,10 +192,16 @@ class SampleSpec:
             scaled_by = block("amplitude")
             y = add_noise(p, self.noise, w, scaled_by, _word(p, element, key, clock), clock(1))
         if self.rule is not None:
-            return cast_to_grid(p, y, Grid(*map(block, self._grid)))
-        values = self.block_values
-        inverse, x = (block(name) if name in values else None for name in ("inverse", "x"))
-        return cast(p, y, inverse, x, self.fmt, self.scale, self.dtype)
+            sampled = cast_to_grid(p, y, Grid(*map(block, self._grid)))
+        else:
+            values = self.block_values
+            inverse, x = (block(name) if name in values else None for name in ("inverse", "x"))
+            sampled = cast(p, y, inverse, x, self.fmt, self.scale, self.dtype)
+        formats = (self.fmt,) if self.rule is None else (self.fmt, *self.rule.formats)
+        exact = self.scale in (*POWERS_OF_TWO, None)
+        if any(needs_rounding(fmt, exact, self.dtype) for fmt in formats):
+            sampled = round_to_dtype(p, sampled, self.dtype)
+        return sampled
 
     def grid_limit(
         self, p: Primitives, amax: Value, learned: Value | None = None, matrix: Operand | None = None

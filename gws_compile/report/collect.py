@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from torch import fx
 
 from ..config import Config
+from ..numerics.blocks import matrix_shape
 from ..passes import Read, Rewrite, Weight
+from ..settings.weight_settings import WeightSettings
 from ..torch_internals.dynamo import compilation
 from ..torch_internals.graphs import graph_break
 from ..torch_internals.stack_trace import location_of, source_of, without_wrappers
@@ -38,9 +40,14 @@ def weight_record(weight: Weight, config: Config) -> WeightRecord:
         block="" if settings is None else settings.block_text,
         scale="" if settings is None else settings.scale or "none",
         rule="" if rule is None else rule.text,
+        stored_bytes=None if settings is None or settings.learned is not None else _stored_bytes(weight, settings),
         location=weight.reads[0].location if weight.reads else "",
         reads=tuple(map(_read_record, weight.reads)),
     )
+
+
+def _stored_bytes(weight: Weight, settings: WeightSettings) -> int:
+    return settings.stored_bytes(*matrix_shape(weight.shape, weight.reads[0].batch_dims))
 
 
 def _read_record(read: Read) -> ReadRecord:

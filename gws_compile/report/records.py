@@ -57,6 +57,8 @@ class WeightRecord:
         block: the shape of its blocks, such as ``"32 x 32"``, ``"row"`` or ``"matrix"``; empty when left alone.
         scale: the rule of its block scale, ``"none"`` for none; empty when left alone.
         rule: the rule that holds of it, as text; empty where none does.
+        stored_bytes: of the cast weight with its scales, as a file has them; None when left alone, and with learned
+            widths, of which `BitsSummary.stored_bytes` tells.
         reads: every read.
     """
 
@@ -73,6 +75,7 @@ class WeightRecord:
     block: str = ""
     scale: str = ""
     rule: str = ""
+    stored_bytes: int | None = None
     reads: tuple[ReadRecord, ...] = ()
 
     @property

@@ -8,18 +8,21 @@ from typing import Any, Literal
 
 import torch
 
-from ..numerics.blocks import Block, check_block
+from ..numerics.blocks import Block, check_block, clamped
 from ..numerics.elements import ElementFormat
 from ..numerics.integers import IntFormat
 from ..numerics.noise import NOISES, Noise
 from ..numerics.nvfp4 import ELEMENT as NVFP4_ELEMENT
-from ..numerics.presets import read_format
+from ..numerics.presets import PRESETS, read_format
 from ..numerics.scales import SCALES, Scale
 from ..numerics.spec import SampleSpec
 from .learned_bits import LearnedBits, check_bits
 
 DEFAULT_FORMAT = "fp8_e4m3"
 DEFAULT_BLOCK = (32, 32)
+
+_REPEATED = ("mxfp8", "mxfp6", "mxfp4", "nvfp4")
+"""Presets whose files have a scale for each group of a block."""
 
 ScaleSetting = Scale | Literal["auto"]
 """A rule of the block scale, or ``"auto"``: the preset's, ``"amax"`` for integers, ``"floor"`` for other formats."""
@@ -131,6 +134,24 @@ class WeightSettings:
         """Format, block and scale, as a saved state names them."""
         rows, cols = self.block
         return f"{self.fmt.spec} {rows or 'all'}x{cols or 'all'} {self.scale or 'none'}"
+
+    def stored_bytes(self, matrices: int, rows: int, cols: int) -> int:
+        """Bytes of the cast weight with its scales, as a file has them: a preset's file may repeat a block's scale.
+
+        A power-of-two scale takes a byte (e8m0), one of ``"nvfp4"`` too (e4m3) with 4 bytes more for each matrix, one of
+        ``"amax"`` 4 bytes (float32). Without meaning for learned widths.
+
+        Args:
+            matrices, rows, cols: see `gws_compile.numerics.blocks.matrix_shape`.
+        """
+        elements = -(-matrices * rows * cols * self.fmt.storage_bits // 8)
+        if self.scale is None or not self.fmt.scaled:
+            return elements
+        group = PRESETS[self.preset].group if self.preset in _REPEATED else self.block
+        side, length = clamped(group, rows, cols)
+        scales = matrices * -(-rows // side) * -(-cols // length)
+        of_matrix = 4 * matrices if self.scale == "nvfp4" else 0
+        return elements + scales * (4 if self.scale == "amax" else 1) + of_matrix
 
     def sample_spec(self, dtype: torch.dtype) -> SampleSpec:
         """How a weight of this dtype is sampled in training."""

@@ -334,12 +334,12 @@ def test_wrong_command_lines(arguments, message, capsys, monkeypatch):
 
 def test_help_is_made_from_the_settings(capsys):
     from gws_compile.command_line import cli
-    from gws_compile.command_line.settings_text import NAMES
+    from gws_compile.config import SETTINGS
 
     with pytest.raises(SystemExit):
         cli.main(["run", "--help"])
     text = capsys.readouterr().out
-    assert all(f"\n  --{name}" in text for name in NAMES)
+    assert all(f"\n  --{setting.option or setting.name} " in text for setting in SETTINGS)
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     assert "run an unmodified training script" in " ".join(capsys.readouterr().out.split())

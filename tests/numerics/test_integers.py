@@ -60,6 +60,21 @@ def test_amax_is_float32_arithmetic(bits, block):
     assert_bits_equal(quantize(torch.from_numpy(w), f"int{bits}", block), amax_oracle(w, bits, block))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_the_largest_weights_stay_finite(bits, dtype):
+    """The scale is at most 2**126, and at most the largest float32 with which ``max`` times it is finite."""
+    top, largest = torch.finfo(dtype).max, 2.0 ** (bits - 1) - 1
+    x = np.float32(min(top / largest, 2.0**126))
+    if float(x) * largest > top:
+        x = np.nextafter(x, np.float32(0))
+    w = torch.linspace(-1, 1, 65).mul(top).to(dtype)[None]
+    q = np.clip(np.rint(w.float().numpy() * (np.float32(1) / x)), -largest, largest)
+    actual = quantize(w, f"int{bits}", (1, None))
+    assert actual.isfinite().all()
+    assert_bits_equal(actual, torch.from_numpy(q * x).to(dtype))
+
+
 @pytest.mark.parametrize("scale", ["floor", "ceil"])
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_powers_of_two_are_exact(bits, scale):

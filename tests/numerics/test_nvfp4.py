@@ -18,7 +18,7 @@ from gws_compile.numerics.primitives import TorchPrimitives
 
 P = TorchPrimitives()
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-LARGEST_ENCODE = 2.0**116
+LARGEST_ENCODE = 2.0**115
 """Where S_enc ends here. In the reference it is float32's largest value."""
 BLOCKS = pytest.mark.parametrize("block", [(16, 16), (1, 16)], ids=str)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
