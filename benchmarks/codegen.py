@@ -35,7 +35,8 @@ from torch.nn import functional as F
 
 import gws_compile.codegen.lowering  # noqa: F401  registers the lowerings
 from gws_compile import LearnedBits
-from gws_compile.numerics.formats import FloatFormat
+from gws_compile.config import Config
+from gws_compile.numerics.blocks import block_argument
 from gws_compile.ops.sample_arguments import OPERATOR_VERSION
 
 KEPT = Path(__file__).parent / "results" / "codegen.json"
@@ -77,7 +78,7 @@ class Case:
     Attributes:
         rows, cols: the weight's shape.
         dtype: its dtype.
-        fmt: format of the cast.
+        fmt: format of the cast, or a preset.
         noise: its law.
         inside: whether the conversion to bfloat16 is the operator's, as the backend has it; else it comes behind.
         learned: whether bit widths are learned, one for each block.
@@ -103,6 +104,12 @@ CASES = {
     "4096 x 4096, fp4_e2m1": Case(4096, 4096, fmt="fp4_e2m1"),
     "4096 x 4096, bf16 grid": Case(4096, 4096, fmt="bf16"),
     "4096 x 4096, learned": Case(4096, 4096, fmt="bf16", learned=True),
+    "4096 x 4096, nvfp4": Case(4096, 4096, fmt="nvfp4"),
+    "4096 x 4096, int4_group": Case(4096, 4096, fmt="int4_group"),
+    "4096 x 4096, fp8_channel": Case(4096, 4096, fmt="fp8_channel"),
+    "2304 x 768, fp8_channel": Case(2304, 768, fmt="fp8_channel"),
+    "4096 x 4096, fp8_block": Case(4096, 4096, fmt="fp8_block"),
+    "4096 x 4096, fp8_tensor": Case(4096, 4096, fmt="fp8_tensor"),
 }
 
 
@@ -123,8 +130,9 @@ def call(case: Case) -> Call:
     x = torch.empty(16, case.cols, dtype=torch.bfloat16, device="meta")
     w = torch.empty(case.rows, case.cols, dtype=case.dtype, device="meta")
     source = (torch.zeros(2, dtype=torch.int32), torch.zeros(4, dtype=torch.int32))
-    fmt = FloatFormat.parse(case.fmt)
-    settings = (fmt.spec, fmt.noise_bits, case.noise, (BLOCK, BLOCK), "floor")
+    weights = Config.make(case.fmt, noise=case.noise).weights
+    block = tuple(block_argument(weights.block))
+    settings = (weights.fmt.spec, weights.bits, case.noise, block, weights.scale or "")
     learned = torch.ones(case.rows // BLOCK, case.cols // BLOCK) if case.learned else None
     rule = LearnedBits().rule.spec if case.learned else ""
     out_dtype = torch.bfloat16 if case.inside and case.dtype != torch.bfloat16 else None

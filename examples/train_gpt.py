@@ -8,9 +8,9 @@ byte by byte. Nothing is downloaded. The two runs differ in one argument:
 
 They start from the same weights, see the same batches, and take turns step by step, so that a busy machine slows both
 alike. A table then shows what the format costs: in loss (the held-out loss under a format is that of the cast weights,
-without noise, as they will be deployed) and in tokens per second; beside it stand what the plain model's weights cost
-when they are cast afterwards, and the bytes of the weights that are deployed. The loss curves go to ``out/train_gpt.png``, all
-figures to ``out/train_gpt.json``.
+without noise, as they will be deployed) and in tokens per second. Beside it stand the loss of the plain model whose
+weights are cast afterwards, and the bytes of the matrices as they are deployed. The loss curves go to
+``out/train_gpt.png``, all figures to ``out/train_gpt.json``.
 
     python examples/train_gpt.py                                     # about 3 minutes on two CPU cores
     python examples/train_gpt.py --fmt mxfp8 nvfp4 int4_group        # several formats at once, or presets

@@ -247,8 +247,9 @@ class Config:
             raise ValueError(f"schedule must be a Schedule or None, got {schedule!r}")
         scheduled = schedule is not None and bool(schedule.bits)
         weights = WeightSettings.make(given, scheduled=scheduled)
+        made_rules = make_rules(rules, given, scheduled=scheduled)
         if schedule is not None:
-            _check_schedule(schedule, weights, bits)
+            _check_schedule(schedule, weights, bits, made_rules)
         check_choice("resample", resample, get_args(Resample))
         check_choice("backward", backward, get_args(Backward))
         if not (isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**64):
@@ -259,7 +260,7 @@ class Config:
             raise ValueError(f"strict must be True or False, got {strict!r}")
         return Config(
             weights=weights,
-            rules=make_rules(rules, given, scheduled=scheduled),
+            rules=made_rules,
             schedule=schedule,
             include=None if include is None else _patterns("include", include),
             exclude=_patterns("exclude", exclude or ()),
@@ -303,7 +304,8 @@ class Config:
     @property
     def draws_noise(self) -> bool:
         """Whether any weight may get noise."""
-        return any(one is not None and one.noise != "none" for one in (self.weights, *(r.settings for r in self.rules)))
+        of_rules = (rule.settings for rule in self.rules)
+        return any(one is not None and one.noise != "none" for one in (self.weights, *of_rules))
 
     def rule_of(self, name: str | tuple[str, ...]) -> Rule | None:
         """The rule that holds of a weight: the first that matches its name, or one of its names."""
@@ -343,10 +345,12 @@ class Config:
         return {name: _text(value) for name, value in values.items()}
 
 
-def _check_schedule(schedule: Schedule, weights: WeightSettings, bits: float | LearnedBits | None) -> None:
+def _check_schedule(
+    schedule: Schedule, weights: WeightSettings, bits: float | LearnedBits | None, rules: Iterable[Rule]
+) -> None:
     if schedule.changes_nothing:
         _warn("schedule=Schedule() changes nothing: give start, stop or bits")
-    elif weights.noise == "none":
+    elif all(one is None or one.noise == "none" for one in (weights, *(rule.settings for rule in rules))):
         _warn(f"schedule=Schedule({schedule}) has no effect with noise='none'")
     if not schedule.bits:
         return

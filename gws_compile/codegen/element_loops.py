@@ -79,9 +79,24 @@ class ElementLoops(Loops):
         return element
 
     def reduced(self, kind: str, value: Loader, dtype: torch.dtype) -> Any:
-        reduced = {"max": inductor.amax, "sum": inductor.sum}[kind](self._by_block(value, dtype), [2, 4])
+        reduce = {"max": inductor.amax, "sum": inductor.sum}[kind]
+        if tuple(self.block) == (self.rows, self.cols):
+            reduced = inductor.view(reduce(self._by_matrix(value, dtype), [1]), list(self.blocks))
+        else:
+            reduced = reduce(self._by_block(value, dtype), [2, 4])
         reduced.realize()
         return reduced
+
+    def _by_matrix(self, value: Loader, dtype: torch.dtype) -> Any:
+        """A value of each element as (matrices, elements of a matrix): one run through memory."""
+
+        def element(index: Index) -> Value:
+            matrix, at = index
+            leading = inductor.unflatten(matrix, self.shape[: self.batch_dims])
+            return value([*leading, *inductor.unflatten(at, self.shape[self.batch_dims :])])
+
+        ranges = [self.matrices, self.rows * self.cols]
+        return inductor.pointwise(device=self.w.get_device(), dtype=dtype, value=element, ranges=ranges)
 
     def store(self, element: Loader, out_dtype: torch.dtype) -> Any:
         return inductor.to_dtype(inductor.to_dtype(self._apart(element), self.w.get_dtype()), out_dtype)

@@ -121,6 +121,15 @@ class Loops(ABC):
         load: Loader = self.stored_tensor(value, dtype).make_loader()
         return load
 
+    def stored_by_matrix(self, value: Loader) -> Loader:
+        """A float32 value of each matrix, computed once; the loader is one by `matrix_of`."""
+        stored = inductor.pointwise(
+            device=self.w.get_device(), dtype=torch.float32, value=value, ranges=[self.matrices]
+        )
+        stored.realize()
+        load: Loader = stored.make_loader()
+        return load
+
     def stored_tensor(self, value: Loader, dtype: torch.dtype) -> Any:
         """The same as a tensor."""
         stored = inductor.pointwise(device=self.w.get_device(), dtype=dtype, value=value, ranges=list(self.blocks))

@@ -84,13 +84,16 @@ def _block_values(loops: Loops, spec: SampleSpec, given: SampleArguments, clock:
         return {}
     amax = _block_maximum(loops, given.block_maxima)
     load_learned = None if given.learned is None else _load_learned(given.learned)
-    matrix = None if given.matrix_maxima is None else loops.from_bits(given.matrix_maxima.make_loader())
+    of_matrix = {} if given.matrix_maxima is None else _matrix_values(loops, spec, given.matrix_maxima)
 
     def of_block(name: str) -> Loader:
         def value(block: Index) -> Value:
             width_parameter = None if load_learned is None else lambda: load_learned(block)
-            of_matrix = None if matrix is None else lambda: matrix([*loops.matrix_of(block), 0, 0])
-            return spec.of_block(loops.p, lambda: amax(block), width_parameter, clock, of_matrix)[name]()
+            matrix = loops.matrix_of(block)
+            values = spec.of_block(
+                loops.p, lambda: amax(block), width_parameter, clock, lambda name: of_matrix[name](matrix)
+            )
+            return values[name]()
 
         return value
 
@@ -99,6 +102,16 @@ def _block_values(loops: Loops, spec: SampleSpec, given: SampleArguments, clock:
     # Block by block, what a block has in common is computed once for it, not for each element.
     cheap = spec.is_cheap or isinstance(loops, BlockLoops)
     return {name: loops.of_blocks(of_block(name), cheap=cheap) for name in spec.block_values}
+
+
+def _matrix_values(loops: Loops, spec: SampleSpec, maxima: Any) -> dict[str, Loader]:
+    """The loaders of `SampleSpec.matrix_values`, by matrix, computed once for each."""
+    maximum = loops.from_bits(maxima.make_loader())
+
+    def of_matrix(name: str) -> Loader:
+        return lambda matrix: spec.of_matrix(loops.p, lambda: maximum([*matrix, 0, 0]))[name]()
+
+    return {name: loops.stored_by_matrix(of_matrix(name)) for name in spec.matrix_values}
 
 
 def _block_maximum(loops: Loops, maxima: Any) -> Loader:

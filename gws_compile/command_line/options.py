@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ..config import SETTINGS
+from ..config import SETTINGS, Setting
 from .settings_text import CONFIG_VARIABLE, checked, from_environment, nearest, variable
 
 
@@ -59,7 +59,7 @@ def export_settings(parsed: argparse.Namespace) -> dict[str, Any]:
             os.environ[CONFIG_VARIABLE] = os.path.abspath(parsed.config)  # noqa: PTH100
         for setting in SETTINGS:
             name, option = setting.name, setting.option or setting.name
-            text = _text(getattr(parsed, name), separator=";" if setting.option else ",")
+            text = text_of(setting, getattr(parsed, name))
             if text is not None:
                 checked(name, text, f"--{option} {text}")
                 os.environ[variable(name)] = text
@@ -68,7 +68,8 @@ def export_settings(parsed: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(str(error)) from None
 
 
-def _text(value: str | bool | Sequence[str] | None, *, separator: str) -> str | None:
+def text_of(setting: Setting, value: str | bool | Sequence[str] | None) -> str | None:
+    """What was given for a setting on a command line, as one text; None where nothing was."""
     if value is None or isinstance(value, str):
         return value
-    return str(value).lower() if isinstance(value, bool) else separator.join(value)
+    return str(value).lower() if isinstance(value, bool) else (";" if setting.option else ",").join(value)

@@ -179,14 +179,16 @@ def _rule(text: str) -> RuleLike:
         raise ValueError(
             f"a rule is GLOB=FORMAT, GLOB=none, or GLOB=KEY=VALUE,... with {', '.join(KEYS)}, got {text!r}"
         )
+    globs = [one.strip() for one in glob.split(",") if one.strip()]
+    match = globs[0] if len(globs) == 1 else globs
     if given.strip() == "none":
-        return glob.strip(), None
+        return match, None
     values: dict[str, Any] = {}
     for part in given.split(","):
         key, is_pair, value = part.partition("=")
         name = key.strip() if is_pair else "fmt"
         values[name] = read(name, (value if is_pair else key).strip())
-    return glob.strip(), values
+    return match, values
 
 
 def _rules(text: str) -> tuple[RuleLike, ...]:

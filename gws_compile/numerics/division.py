@@ -13,8 +13,8 @@ from .primitives import Primitives, Value
 
 _ONE = 127 << 23
 _LEADING = 1 << 23
-_STEPS = 3
-"""Corrections by one unit in the last place: one more than a device is off."""
+_OFF = 2
+"""Units in the last place that a guess may be off by."""
 
 
 def divide(p: Primitives, x: Value, y: Value) -> Value:
@@ -30,21 +30,24 @@ def divide(p: Primitives, x: Value, y: Value) -> Value:
     """
     x_bits, y_bits = _bits(p, x), _bits(p, y)
     dividend, divisor = _mantissa(p, x_bits), _mantissa(p, y_bits)
-    guess = p.fdiv(_in_first_binade(p, x_bits), _in_first_binade(p, y_bits))
-    # The quotient of two numbers from [1, 2) lies between 1/2 and 2, both excluded.
-    quotient = p.imax(p.imin(p.float_bits(guess), _ONE + FRACTION), _ONE - _LEADING)
-    at_one, below_one = _low_product(p, dividend, 23), _low_product(p, dividend, 24)
-    for _ in range(_STEPS):
-        mantissa = p.ior(p.iand(quotient, FRACTION), _LEADING)
-        # dividend * 2**23 (or 2**24) - mantissa * divisor: the difference of two numbers of 48 bits, which has fewer
-        # than 29 itself, so that their low 30 bits give it. The nearest mantissa leaves less than half of the divisor.
-        whole = p.iselect(p.ilt(quotient, _ONE), below_one, at_one)
-        rest = _signed(p, p.isub(whole, _low_bits_of_product(p, mantissa, divisor)))
-        twice = p.iadd(rest, rest)
-        down = p.iselect(p.ilt(twice, _minus(p, divisor)), -1, 0)
-        quotient = p.iadd(quotient, p.iselect(p.ilt(divisor, twice), 1, down))
-    exponent = _minus_exponents(p, x_bits, y_bits)
-    return p.bits_float(p.iadd(quotient, exponent))
+    guess = p.float_bits(p.fdiv(_in_first_binade(p, x_bits), _in_first_binade(p, y_bits)))
+    # The quotient of two numbers from [1, 2) lies in [1/2, 1) or [1, 2), and so does the guess, once that is seen to:
+    # then a unit in its last place is that of the quotient.
+    below_one = p.ilt(dividend, divisor)
+    lowest, highest = p.iselect(below_one, _ONE - _LEADING, _ONE), p.iselect(below_one, _ONE - 1, _ONE + FRACTION)
+    guess = p.imax(p.imin(guess, highest), lowest)
+    # dividend * 2**24 (or 2**23) - mantissa * divisor: the difference of two numbers of 48 bits, which has fewer than
+    # 28 itself, so that their low 30 bits give it. The nearest mantissa leaves less than half of the divisor.
+    mantissa = p.ior(p.iand(guess, FRACTION), _LEADING)
+    whole = p.iselect(below_one, _low_product(p, dividend, 24), _low_product(p, dividend, 23))
+    rest = _signed(p, p.isub(whole, _low_bits_of_product(p, mantissa, divisor)))
+    twice = p.iadd(rest, rest)
+    quotient = guess
+    for unit in range(_OFF):
+        reach = _times(p, divisor, 2 * unit + 1)
+        quotient = p.iadd(quotient, p.iselect(p.ilt(reach, twice), 1, 0))
+        quotient = p.isub(quotient, p.iselect(p.ilt(twice, _minus(p, reach)), 1, 0))
+    return p.bits_float(p.iadd(quotient, _minus_exponents(p, x_bits, y_bits)))
 
 
 def _bits(p: Primitives, x: Value) -> Value:
@@ -61,6 +64,12 @@ def _in_first_binade(p: Primitives, bits: Value) -> Value:
     if isinstance(bits, int):
         return 1.0 + (bits & FRACTION) / _LEADING
     return p.bits_float(p.ior(p.iand(bits, FRACTION), _ONE))
+
+
+def _times(p: Primitives, x: Value, factor: int) -> Value:
+    if isinstance(x, int):
+        return x * factor
+    return x if factor == 1 else p.imul(x, factor)
 
 
 _LOW = 30

@@ -54,7 +54,7 @@ def stored_scale(p: Primitives, amax: Value, encode: Value) -> Value:
     return p.bits_float(round_scaled(p, bits, _STORED))
 
 
-def nvfp4_scale(p: Primitives, amax: Value, matrix_maximum: Value, dtype: torch.dtype) -> tuple[Value, Value]:
+def nvfp4_scale(p: Primitives, amax: Value, encode: Value, decode: Value, dtype: torch.dtype) -> tuple[Value, Value]:
     """What `cast` needs to know of a block: what elements are multiplied by, and X, NaN where the block is broken.
 
     In a block so small that ``S_b`` is 0 every value is 0, and the codes are those of the reference: saturated.
@@ -62,14 +62,14 @@ def nvfp4_scale(p: Primitives, amax: Value, matrix_maximum: Value, dtype: torch.
     Args:
         p: the operations to write it in.
         amax: float32 block maximum.
-        matrix_maximum: as of `encode_scale`.
+        encode: ``S_enc``.
+        decode: ``1 / S_enc``.
         dtype: the weight's.
     """
-    encode = encode_scale(p, matrix_maximum)
     stored = stored_scale(p, amax, encode)
     empty = p.ilt(p.float_bits(stored), 1)
     divisor = p.fselect(empty, 1.0, stored)
-    inverse = divide(p, 1.0, p.fmul(divisor, divide(p, 1.0, encode)))
+    inverse = divide(p, 1.0, p.fmul(divisor, decode))
     x_bits = p.imin(p.float_bits(divide(p, divisor, encode)), largest_scale_bits(ELEMENT.max, dtype))
     x_bits = p.iselect(empty, 0, x_bits)
     inverse = p.fselect(empty, bits_float32(EXPONENT - 1), inverse)

@@ -17,11 +17,12 @@ from functools import cache, partial
 import torch
 
 from .cast import cast, largest_value, needs_rounding, round_to_dtype
+from .division import divide
 from .elements import ElementFormat
 from .float32 import bits_float32
 from .grid_cast import Grid, block_grid, cast_to_grid
 from .noise import add_noise, fixed_amplitude, random_word, signed_draw
-from .nvfp4 import nvfp4_scale
+from .nvfp4 import encode_scale, nvfp4_scale
 from .primitives import Primitives, Value
 from .scales import POWERS_OF_TWO, block_scale, needs_block_maximum
 from .widths import WidthRule, amplitude, width, width_gradient
@@ -82,6 +83,26 @@ class SampleSpec:
         return self.scale == "nvfp4"
 
     @property
+    def matrix_values(self) -> tuple[str, ...]:
+        """What `of_matrix` gives, by name, all of it float32; empty where the scales have no level for the matrix."""
+        return ("encode", "decode") if self.needs_matrix_maximum and self.block_values else ()
+
+    def of_matrix(self, p: Primitives, maximum: Operand) -> dict[str, Operand]:
+        """What the blocks of a matrix have in common.
+
+        Args:
+            p: the operations to write it in.
+            maximum: float32, the maximum over what is finite of the matrix.
+
+        Returns:
+            The `matrix_values`, as functions that compute them.
+        """
+        if not self.matrix_values:
+            return {}
+        encode = cache(lambda: encode_scale(p, maximum()))
+        return {"encode": encode, "decode": lambda: divide(p, 1.0, encode())}
+
+    @property
     def is_cheap(self) -> bool:
         """Whether the `block_values` take few instructions, so that it costs little to compute them again."""
         return self.rule is None and (not self._scaled or self.scale in POWERS_OF_TWO)
@@ -101,7 +122,7 @@ class SampleSpec:
         amax: Operand,
         learned: Operand | None = None,
         clock: Words | None = None,
-        matrix: Operand | None = None,
+        matrix: Callable[[str], Value] | None = None,
     ) -> dict[str, Operand]:
         """What the elements of a block have in common.
 
@@ -110,7 +131,7 @@ class SampleSpec:
             amax: float32, the block maximum.
             learned: float32, the width parameter; None for a fixed width.
             clock: the clock's words; None without noise.
-            matrix: float32, the maximum over what is finite of the block's matrix; None where it is not needed.
+            matrix: loads one of the `matrix_values` of its matrix; None where there are none.
 
         Returns:
             The `block_values`, as functions that compute them.
@@ -134,11 +155,13 @@ class SampleSpec:
         assert clock is not None
         return p.fmul(amax, p.bits_float(clock(_SCHEDULED)))
 
-    def _block_scale(self, p: Primitives, amax: Value, matrix: Operand | None) -> tuple[Value | None, Value]:
+    def _block_scale(
+        self, p: Primitives, amax: Value, matrix: Callable[[str], Value] | None
+    ) -> tuple[Value | None, Value]:
         if not self.needs_matrix_maximum:
             return block_scale(p, amax, self.fmt, self.scale, self.dtype)
         assert matrix is not None
-        return nvfp4_scale(p, amax, matrix(), self.dtype)
+        return nvfp4_scale(p, amax, matrix("encode"), matrix("decode"), self.dtype)
 
     def _of_learned_block(
         self, p: Primitives, rule: WidthRule, amax: Operand, learned: Operand, clock: Words | None
@@ -204,7 +227,7 @@ class SampleSpec:
         return sampled
 
     def grid_limit(
-        self, p: Primitives, amax: Value, learned: Value | None = None, matrix: Operand | None = None
+        self, p: Primitives, amax: Value, learned: Value | None = None, matrix: Callable[[str], Value] | None = None
     ) -> tuple[Value, Value]:
         """The largest magnitude of a block's grid without noise: two float32 factors, the first NaN in a broken block.
 

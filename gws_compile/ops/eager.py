@@ -45,17 +45,16 @@ def sample_eager(
     of_block: dict[str, Operand] = {}
     if spec.block_values:
         amax = _block_maxima(y, block, None if spec.needs_matrix_maximum else maxima)
-        matrix = None
-        if spec.needs_matrix_maximum:
-            of_matrix = matrix_maximum(y) if maxima is None else maxima.view(torch.float32)
-            matrix = blocks.by_matrix(of_matrix).expand(amax.shape)
+        of_matrix: dict[str, Operand] = {}
+        if spec.matrix_values:
+            of_matrix = spec.of_matrix(p, lambda: matrix_maximum(y) if maxima is None else maxima.view(torch.float32))
         parameter = None if learned is None else learned.detach().expand(amax.shape)
         of_block = spec.of_block(
             p,
             lambda: amax,
             None if parameter is None else lambda: parameter,
             None if clock is None else clock.__getitem__,
-            None if matrix is None else lambda: matrix,
+            lambda name: blocks.by_matrix(of_matrix[name]()).expand(amax.shape),
         )
 
     def index() -> Value:

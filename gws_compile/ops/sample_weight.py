@@ -133,7 +133,8 @@ def _(*arguments: Any) -> torch.Tensor:
     matrices, rows, cols = matrix_shape(given.w.shape, given.batch_dims)
     sides = clamped(given.block, rows, cols)
     blocks = [-(-size // side) if side else 0 for size, side in zip((rows, cols), sides, strict=True)]
-    return given.w.new_empty([matrices, *blocks], dtype=torch.int32)
+    maxima: torch.Tensor = given.w.new_empty([matrices, *blocks], dtype=torch.int32)
+    return maxima
 
 
 @torch.library.custom_op("gws::bits_gradient", mutates_args=())

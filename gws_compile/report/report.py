@@ -140,6 +140,8 @@ class Report:
         parameters = sum(prod(r.shape) for r in self.rewritten)
         total = sum(prod(r.shape) for r in self.records)
         text = f"{table}\n{len(self.rewritten)} of {len(self)} weights rewritten, {parameters:,} of {total:,} elements"
+        if self.settings.get("schedule", "none") != "none":
+            text += f"\nschedule: {self.settings['schedule']}"
         if self.bits is not None:
             text += f"\n\n{self._bits_table(self.bits)}"
         for what, lines in (

@@ -133,9 +133,12 @@ def _largest(
     blocks = Blocks(w, 1, block)
     given = None if maxima is None else maxima.view(torch.float32)
     amax = block_maximum(blocks.matrices(w), block) if given is None or spec.needs_matrix_maximum else given
-    matrix = None if given is None else given.expand(amax.shape)
+    of_matrix = spec.of_matrix(p, lambda: given)
     x, largest = spec.grid_limit(
-        p, amax, None if learned is None else learned.detach().expand(amax.shape), lambda: matrix
+        p,
+        amax,
+        None if learned is None else learned.detach().expand(amax.shape),
+        lambda name: of_matrix[name]().expand(amax.shape),
     )
     # Two factors of float32: their product may lie beyond it.
     return blocks.expand(x.double() * (largest.double() if isinstance(largest, torch.Tensor) else largest))

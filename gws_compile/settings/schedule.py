@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from ..numerics.float32 import float32_bits
 
@@ -90,9 +91,9 @@ def _is_list(value: object) -> bool:
     return isinstance(value, (tuple, list))
 
 
-def _point(value: object) -> tuple[int, float]:
-    if _is_list(value) and len(value) == 2:  # type: ignore[arg-type]
-        step, width = value  # type: ignore[misc]
+def _point(value: Any) -> tuple[int, float]:
+    if _is_list(value) and len(value) == 2:
+        step, width = value
         number = isinstance(width, (int, float)) and not isinstance(width, bool) and math.isfinite(width)
         if _is_step(step) and number and 2 <= width <= 24:
             return step, float(width)

@@ -138,8 +138,8 @@ class WeightSettings:
     def stored_bytes(self, matrices: int, rows: int, cols: int) -> int:
         """Bytes of the cast weight with its scales, as a file has them: a preset's file may repeat a block's scale.
 
-        A power-of-two scale takes a byte (e8m0), one of ``"nvfp4"`` too (e4m3) with 4 bytes more for each matrix, one of
-        ``"amax"`` 4 bytes (float32). Without meaning for learned widths.
+        Without a preset that says it, a power-of-two scale takes a byte (e8m0) and any other 4 bytes (float32). NVFP4
+        has 4 bytes more for each matrix. Without meaning for learned widths.
 
         Args:
             matrices, rows, cols: see `gws_compile.numerics.blocks.matrix_shape`.
@@ -147,11 +147,15 @@ class WeightSettings:
         elements = -(-matrices * rows * cols * self.fmt.storage_bits // 8)
         if self.scale is None or not self.fmt.scaled:
             return elements
-        group = PRESETS[self.preset].group if self.preset in _REPEATED else self.block
+        preset = PRESETS.get(self.preset)
+        scale_bytes = 4 if self.scale == "amax" else 1
+        group = self.block
+        if preset is not None:
+            scale_bytes = preset.scale_bits // 8
+            group = preset.group if self.preset in _REPEATED else self.block
         side, length = clamped(group, rows, cols)
         scales = matrices * -(-rows // side) * -(-cols // length)
-        of_matrix = 4 * matrices if self.scale == "nvfp4" else 0
-        return elements + scales * (4 if self.scale == "amax" else 1) + of_matrix
+        return elements + scales * scale_bytes + (4 * matrices if self.scale == "nvfp4" else 0)
 
     def sample_spec(self, dtype: torch.dtype) -> SampleSpec:
         """How a weight of this dtype is sampled in training."""

@@ -44,9 +44,11 @@ def shard_range(value: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...], 
 
 
 def _empty_beside_parts(value: DTensor) -> bool:
+    from torch.distributed.tensor import Shard
+
     sizes = list(value.shape)
     for ranks, placement in zip(value.device_mesh.shape, value.placements, strict=True):
-        if placement.is_shard():
+        if isinstance(placement, Shard):
             size = sizes[placement.dim]
             chunk = -(-size // ranks)  # all have as much, but for the last ones
             last = max(size - chunk * (ranks - 1), 0)
@@ -75,11 +77,11 @@ def maximum_over_ranks(local: torch.Tensor, weight: torch.Tensor, dims: Sequence
         weight: the DTensor.
         dims: of the weight; ranks that differ in these alone have values of the same blocks.
     """
-    from torch.distributed.tensor import DTensor, Partial, Replicate
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     assert isinstance(weight, DTensor)
     ranks = [
-        Partial("max") if placement.is_shard() and placement.dim in dims else Replicate()
+        Partial("max") if isinstance(placement, Shard) and placement.dim in dims else Replicate()
         for placement in weight.placements
     ]
     held = DTensor.from_local(local, weight.device_mesh, ranks, run_check=False)

@@ -38,6 +38,7 @@ from gws_compile.config import SETTINGS, Config
                 ("c.*", {"noise": "uniform", "scale": None}),
             ),
         ),
+        ("rules", "a.*, b.*=int8", ((["a.*", "b.*"], {"fmt": "int8"}),)),
         ("schedule", "start=10,stop=900", Schedule(start=10, stop=900)),
         ("schedule", "bits=0:8/1000:4.5", Schedule(bits=((0, 8.0), (1000, 4.5)))),
         ("scale", "none", None),

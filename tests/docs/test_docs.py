@@ -21,9 +21,9 @@ from support.pages import PAGES, ROOT, Block, anchors, blocks, links, prose, quo
 
 import gws_compile
 from gws_compile.command_line.cli import COMMANDS
-from gws_compile.command_line.options import Parser
+from gws_compile.command_line.options import Parser, text_of
 from gws_compile.command_line.settings_text import CONFIG_VARIABLE, NAMES, checked, from_file, variable
-from gws_compile.config import Config
+from gws_compile.config import SETTINGS, Config
 from gws_compile.torch_internals import compilers
 
 LISTED = torch.__version__.startswith("2.13.")  # AOTAutograd's listings differ from version to version
@@ -148,10 +148,10 @@ def check_gws(arguments: list[str]) -> None:
         command.add_to(commands)
     parsed, unknown = parser.parse_known_args(arguments)
     assert not unknown, arguments
-    for name in NAMES:
-        value = getattr(parsed, name, None)
-        if value is not None and not isinstance(value, bool):
-            checked(name, ",".join(value) if isinstance(value, list) else value, name)
+    for setting in SETTINGS:
+        text = text_of(setting, getattr(parsed, setting.name, None))
+        if text is not None:
+            checked(setting.name, text, setting.name)
 
 
 def check_python(words: list[str]) -> None:

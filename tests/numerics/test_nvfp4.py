@@ -66,7 +66,7 @@ def package(w: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torc
     """Codes, S_b and S_enc: the cast with X = 1 leaves the code."""
     amax, matrix_maximum = maxima(w, block)
     encode = encode_scale(P, matrix_maximum)
-    inverse, _ = nvfp4_scale(P, amax, matrix_maximum, torch.float32)
+    inverse, _ = nvfp4_scale(P, amax, encode, 1.0 / encode, torch.float32)
     codes = cast(P, w.float(), inverse, torch.ones_like(amax), ELEMENT, "nvfp4", torch.float32)
     return codes, stored_scale(P, amax, encode), encode
 

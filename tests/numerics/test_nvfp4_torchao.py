@@ -39,8 +39,9 @@ def test_codes_scales_and_values(dtype, exponent):
     blocks = w.float().view(96, 32, 16)
     amax = blocks.abs().amax(2, keepdim=True)
     matrix_maximum = w.float().abs().amax()
-    stored = stored_scale(P, amax, encode_scale(P, matrix_maximum))
-    inverse, _ = nvfp4_scale(P, amax, matrix_maximum, dtype)
+    encode = encode_scale(P, matrix_maximum)
+    stored = stored_scale(P, amax, encode)
+    inverse, _ = nvfp4_scale(P, amax, encode, 1.0 / encode, dtype)
     codes = cast(P, blocks, inverse, torch.ones_like(amax), ELEMENT, "nvfp4", dtype)
     assert stored.min() >= 2.0**-6
     assert_bits_equal(stored.squeeze(2), their_stored.float())

@@ -39,9 +39,9 @@ def test_blocks_are_counted_through_the_model():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="first=2 and last=4 are more than the 5 blocks of the model: one.0 to two.2"):
+    with pytest.raises(ValueError, match=r"first=2 and last=4 are more than the 5 blocks of the model: one.0 to two.2"):
         edge_blocks(Stages(), first=2, last=4)
-    with pytest.raises(ValueError, match="first=1 .*the 0 blocks of the model, in which no numbered modules"):
+    with pytest.raises(ValueError, match=r"first=1 .*the 0 blocks of the model, in which no numbered modules"):
         edge_blocks(nn.Linear(2, 2), first=1)
     with pytest.raises(ValueError, match="edge_blocks: last must be an int, 0 or more, got -1"):
         edge_blocks(Stages(), last=-1)

@@ -159,6 +159,7 @@ def sample(given: SampleArguments, spec: SampleSpec) -> Any:
     if parts.given and maxima is None and spec.block_values:
         maxima = ElementLoops(w, batch_dims, given.block).maximum_bits()
     constants: dict[str, str] = {}
+    of_matrix = _of_matrix(spec, constants)
     of_block = _of_block(spec, constants)
     heights = {min(parts.rows, rows), rows % parts.rows or min(parts.rows, rows)}
     elements = [
@@ -183,6 +184,7 @@ def sample(given: SampleArguments, spec: SampleSpec) -> Any:
         given.out_dtype or spec.dtype,
         _template().render,
         elements=elements,
+        of_matrix=of_matrix,
         of_block=of_block,
         constants=constants,
         noise=spec.noisy,
@@ -195,7 +197,6 @@ def sample(given: SampleArguments, spec: SampleSpec) -> Any:
         blocks_below=-(-rows // block[0]),
         block_columns=-(-cols // block[1]),
         learned_dims=len(given.learned.get_size()) if given.learned is not None else None,
-        matrix_maxima=given.matrix_maxima is not None,
         whole_rows=whole_rows,
         whole_cols=whole_cols,
         index_offset=index_offset,
@@ -220,11 +221,18 @@ _CLOCK = ("step", "enabled", "frozen", "scheduled")
 def _of_block(spec: SampleSpec, constants: dict[str, str]) -> _OfBlock:
     p = CppPrimitives(constants)
     operands = spec.of_block(
-        p, lambda: ("amax",), lambda: ("learned",), lambda word: (_CLOCK[word],), lambda: ("matrix_maximum",)
+        p, lambda: ("amax",), lambda: ("learned",), lambda word: (_CLOCK[word],), lambda name: (name,)
     )
     values = {name: operand() for name, operand in operands.items()}
     types = {name: _TYPES[spec.block_values[name]] for name in values}
     return _OfBlock(p.statements, {name: variable for name, (variable,) in values.items()}, types)
+
+
+def _of_matrix(spec: SampleSpec, constants: dict[str, str]) -> _OfBlock:
+    """The same of a matrix, on ``matrix_maximum``."""
+    p = CppPrimitives(constants)
+    values = {name: operand() for name, operand in spec.of_matrix(p, lambda: ("matrix_maximum",)).items()}
+    return _OfBlock(p.statements, {name: variable for name, (variable,) in values.items()}, {})
 
 
 def _of_elements(spec: SampleSpec, rows: int, constants: dict[str, str], *, by_row: bool) -> _Elements:
