@@ -1,12 +1,12 @@
-"""What each preset costs and loses: bits per weight, the error of a block's largest element, and SQNR.
+"""What each preset costs and loses: bits per weight, largest error, and SQNR.
 
 Nothing is timed: the figures are those of the arithmetic, the same on every device.
 
     bits per weight    an element, and its part of the scale that a file stores for each group, see `Preset.group`; of a
                        row of 4096, where a group is a row; the one scale of a whole matrix counts nothing
-    largest element    the largest relative error that the cast makes of the element that is its block's maximum: of
-                       maxima over several binades, each in a block of its own. Blocks so small beside their matrix that
-                       the scale of NVFP4 has lost bits are left out
+    largest error      the largest error that the cast makes of an element, over the maximum of its block: of elements
+                       from 0 to the maximum, in blocks of maxima over several binades. Blocks so small beside their
+                       matrix that the scale of NVFP4 has lost bits are left out
     SQNR               10 log10(sum w**2 / sum (w - cast(w))**2), of one seeded normal weight of 1024 x 1024 in float32.
                        Scales that are powers of two fit better or worse by where in its binade a block's maximum lies:
                        the mean over four standard deviations from 1 to 2, with the least and the most
@@ -72,7 +72,7 @@ class Figures:
         scale: rule of the block scale.
         noise_bits: bit width b of the noise.
         bits_per_weight: in a file, scales included.
-        largest: largest relative error of a block's largest element.
+        largest: largest error of an element over its block's maximum.
         sqnr: in dB, for each of `DEVIATIONS`, or for the first alone.
     """
 
@@ -95,14 +95,14 @@ def bits_per_weight(settings: WeightSettings) -> float:
     return preset.element.storage_bits + scale
 
 
-def error_of_the_largest(settings: WeightSettings, points: int = 2**14) -> float:
-    """The largest relative error of an element that is its block's maximum."""
-    largest_below = torch.tensor([2 - 2.0**-23])
-    binade = torch.cat([torch.arange(points) / points + 1, largest_below])
-    # Blocks of one element each; the largest of all is that of the matrix.
-    maxima = torch.cat([*(binade * 2.0**e for e in range(BINADES)), torch.tensor([2.0**BINADES])])[:, None]
-    cast = gws_compile.quantize(maxima, settings.fmt, block=(1, 1), scale=settings.scale)
-    return float(((cast - maxima).double() / maxima).abs().max())
+def largest_error(settings: WeightSettings, maxima: int = 2**8, elements: int = 2**10) -> float:
+    """The largest error of an element over its block's maximum: blocks of all maxima, elements from 0 to the maximum."""
+    binade = torch.cat([torch.arange(maxima) / maxima + 1, torch.tensor([2 - 2.0**-23])])
+    # A row is a block; the largest maximum of all is that of the matrix.
+    of_blocks = torch.cat([*(binade * 2.0**e for e in range(BINADES)), torch.tensor([2.0**BINADES])])[:, None]
+    w = of_blocks * (torch.arange(elements + 1) / elements)
+    cast = gws_compile.quantize(w, settings.fmt, block=(1, None), scale=settings.scale)
+    return float(((cast - w).double() / of_blocks).abs().max())
 
 
 def sqnr(settings: WeightSettings, weight: torch.Tensor) -> float:
@@ -126,12 +126,12 @@ def _figures(settings: WeightSettings, weight: torch.Tensor) -> Figures:
         settings.scale or "none",
         settings.bits,
         bits_per_weight(settings),
-        error_of_the_largest(settings),
+        largest_error(settings),
         tuple(sqnr(settings, weight * deviation) for deviation in deviations),
     )
 
 
-HEADERS = ("preset", "elements", "block", "scale", "`b`", "bits per weight", "largest element", "SQNR, dB")
+HEADERS = ("preset", "elements", "block", "scale", "`b`", "bits per weight", "largest error", "SQNR, dB")
 
 
 def rows(figures: Sequence[Figures]) -> list[tuple[str, ...]]:
@@ -144,7 +144,7 @@ def rows(figures: Sequence[Figures]) -> list[tuple[str, ...]]:
             f"`{f.scale}`",
             f"{f.noise_bits:g}",
             f"{f.bits_per_weight:.4g}",
-            f"{100 * f.largest:.3g} %" if f.largest > 1e-6 else "0",
+            f"{100 * f.largest:.3g} %",
             _decibels(f.sqnr),
         )
         for f in figures

@@ -97,7 +97,7 @@ class TrainingWatch:
 
     def _draws_now(self) -> dict[Backend, int]:
         """The draw of each backend: one behind every step before which there was a training forward."""
-        return {backend: backend.draw for backend in self._backends() if backend.config.noise != "none"}
+        return {backend: backend.draw for backend in self._backends() if backend.config.draws_noise}
 
     def optimizer_stepped(self, optimizer: torch.optim.Optimizer) -> None:
         """Count a step."""
@@ -159,8 +159,8 @@ def _is_trained(parameter: nn.Parameter) -> bool:
 
 def _has_no_noise(backend: Backend, slot: Slot) -> bool:
     """Whether graphs have a weight, and it gets no noise in them for a reason of its own, or by the settings."""
-    plain = backend.config.noise == "none" or all(weight.reason is not None for weight in slot.graphs)
-    return bool(slot.graphs) and plain
+    sampled = [weight for weight in slot.graphs if weight.reason is None]
+    return bool(slot.graphs) and all(weight.sampled_as.noise == "none" for weight in sampled)
 
 
 def _names_of(weights: Sequence[torch.Tensor]) -> dict[int, str]:

@@ -39,7 +39,7 @@ def test_what_is_timed_is_the_sample() -> None:
     kernels = importlib.import_module("kernels")
     case = kernels.Case("fp8_e4m3", "rounded_normal", "float32", (64, 96))
     w = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
-    sample = kernels.sampler(case, "cpu")
+    sample = kernels.sampler(kernels.settings_of(case), "cpu")
     wanted = sample(w)
     assert wanted.dtype == torch.bfloat16
     assert torch.equal(torch.compile(sample, fullgraph=True)(w), wanted)

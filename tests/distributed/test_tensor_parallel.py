@@ -25,7 +25,7 @@ VARIANTS = {
     # Maxima over the ranks: of the matrix, of rows that both have a part of, of a block that is as long as the weight.
     "a level for the matrix": {"fmt": "nvfp4", "inner": "inductor"},
     "rows": {"fmt": "fp8_channel"},
-    "a scale for the matrix": {"fmt": "int8", "block": (None, None), "inner": "inductor"},
+    "a scale for the matrix": {"fmt": "int8", "block": (None, None)},
     "recompute rows": {"fmt": "int4", "block": (1, 1000), "backward": "recompute", "inner": "inductor"},
 }
 

@@ -66,7 +66,7 @@ class Settings:
     bits: float | None = None
     learned: Learned | None = None
     noise: str = "rounded_normal"
-    block: tuple[int, int] = (32, 32)
+    block: tuple[int | None, int | None] = (32, 32)
     scale: str | None = "floor"
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] | None = None

@@ -30,6 +30,19 @@ T = TypeVar("T")
 
 FORMATS = ("fp4_e2m1", "fp6_e2m3", "fp6_e3m2", "fp8_e4m3", "fp8_e5m2", "fp12_e4m7", "bf16", "e3m4", "e5m10")
 
+EXACT: tuple[tuple[str, tuple[int | None, int | None], str], ...] = (
+    ("fp8_e4m3", (1, None), "amax"),
+    ("fp6_e3m2", (None, None), "amax"),
+    ("fp8_e5m2", (5, 3), "amax"),
+    ("fp4_e2m1", (16, 16), "nvfp4"),
+    ("fp4_e2m1", (1, 16), "nvfp4"),
+    ("int4", (1, 8), "amax"),
+    ("int8", (None, 4), "amax"),
+    ("int2", (4, 8), "ceil"),
+    ("int5", (32, 32), "floor"),
+)
+"""Format, block and scale of exact scales and of integers; of fixed widths."""
+
 GLOBS = ("*qkv*", "*lora_*", "*conv*", "*up.weight", "*experts", "*table*", "*fc.weight", "*weight")
 
 
@@ -113,7 +126,7 @@ class _Draw:
             init, target = self.one(((6.0, 4.0), (5.0, 3.0), (4.0, 7.0), (2.5, 2.0)))
             formats = self.rarely(0.5, (("fp4_e2m1", "fp8_e4m3"), ("fp6_e3m2", "e3m4", "bf16")), None)
             learned = Learned(self.one(("block", "weight")), init, target, formats)
-        return Settings(
+        settings = Settings(
             fmt=self.rarely(0.8, FORMATS, None),
             bits=self.rarely(0.3, (2.0, 3.5, 5.0, 10.0), None),
             learned=learned,
@@ -127,6 +140,10 @@ class _Draw:
             backward=self.rarely(0.3, ("recompute",), "save"),
             inner=self.rng.choices(("eager", "aot_eager", "inductor"), (50, 44, 6))[0],
         )
+        if learned is not None or not self.maybe(0.35):
+            return settings
+        fmt, block, scale = self.one(EXACT)
+        return replace(settings, fmt=fmt, block=block, scale=scale, bits=None)
 
 
 def valid(case: Case) -> Case:

@@ -52,7 +52,6 @@ def test_noise_from_start_to_stop_at_the_width_of_the_step(inner, backward):
     with torch.no_grad():
         assert torch.equal(used(compiled, model), gws_compile.quantize(model.fc.weight, "fp8_e4m3"))
     assert len(backend.graphs) == 2  # of training and of evaluation
-    assert not backend.report().recompilations or all(g.number == 1 for g in backend.report().recompilations)
 
 
 def test_the_gradient_is_that_of_the_same_draw():
@@ -67,12 +66,13 @@ def test_the_gradient_is_that_of_the_same_draw():
 
 
 def test_a_thousand_steps_compile_nothing_again():
-    model, compiled, backend = setup(Schedule(start=10, stop=900, bits=((0, 9.0), (1000, 4.0))), inner="aot_eager")
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    model, compiled, backend = setup(Schedule(start=10, stop=900, bits=((0, 9.0), (1000, 4.0))))
     x = torch.randn(2, model.fc.in_features)
     for _ in range(1000):
-        step_of(optimizer, compiled(x))
+        compiled(x)
+        backend.step()
     assert len(backend.graphs) == 1
+    assert backend.draw == 1000
 
 
 def test_micro_batches_share_a_draw_and_its_width():
