@@ -7,7 +7,7 @@ For each format, noise, weight dtype and shape:
     fused     the same with an elementwise reader, a change of sign, which takes Inductor's loops over the elements
     randn     the same noise by hand, as PyTorch code under Inductor: torch.randn, rounded, on the block maximum
     uniform   DiffQ's noise (arXiv 2104.09987) by hand likewise: torch.rand, on the block maximum
-    floor     where the scale is no power of two: the same with one, in blocks of 32 x 32
+    floor     where the scale is no power of two: the same with one
 
 The hand-written ones add noise and convert to bfloat16; they are on no narrower format's grid, so they do less. Each is
 timed writing to a fresh tensor (``fresh``), as a training step does, and to one that is there (``into``), which is an
@@ -88,8 +88,8 @@ def settings_of(case: Case) -> WeightSettings:
 
 
 def with_floor(settings: WeightSettings) -> WeightSettings:
-    """The same elements with power-of-two scales in square blocks."""
-    return replace(settings, block=(BLOCK, BLOCK), scale="floor")
+    """The same elements in the same blocks, with power-of-two scales."""
+    return replace(settings, scale="floor")
 
 
 def sampler(settings: WeightSettings, device: str) -> Callable[[torch.Tensor], torch.Tensor]:

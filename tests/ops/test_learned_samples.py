@@ -152,7 +152,7 @@ def gradient_oracle(grad, w, step, noise, rule, parameter, block, dims):
         ("rounded_normal", "block"),
         pytest.param("rounded_normal", "weight", marks=pytest.mark.slow),
         pytest.param("uniform", "block", marks=pytest.mark.slow),
-        ("uniform", "weight"),
+        pytest.param("uniform", "weight", marks=pytest.mark.slow),
     ],
 )
 def test_gradient_is_the_equation(noise, granularity):
