@@ -96,7 +96,7 @@ def bits_per_weight(settings: WeightSettings) -> float:
 
 
 def largest_error(settings: WeightSettings, maxima: int = 2**8, elements: int = 2**10) -> float:
-    """The largest error of an element over its block's maximum: blocks of all maxima, elements from 0 to the maximum."""
+    """The largest error of an element over its block's maximum, of blocks of all maxima with elements of all sizes."""
     binade = torch.cat([torch.arange(maxima) / maxima + 1, torch.tensor([2 - 2.0**-23])])
     # A row is a block; the largest maximum of all is that of the matrix.
     of_blocks = torch.cat([*(binade * 2.0**e for e in range(BINADES)), torch.tensor([2.0**BINADES])])[:, None]

@@ -48,7 +48,10 @@ def _blocks(model: nn.Module) -> list[str]:
     for name, module in _numbered(model, ""):
         by_class.setdefault(type(module), {})[name] = sum(p.numel() for p in module.parameters())
     repeated = [found for found in by_class.values() if len(found) > 1 and any(found.values())]
-    return list(max(repeated, key=_elements)) if repeated else []
+    if not repeated:
+        return []
+    largest = max(repeated, key=_elements)
+    return list(largest)
 
 
 def _elements(found: dict[str, int]) -> int:

@@ -75,7 +75,9 @@ def widths_stay_at_their_start(monkeypatch):
 
 def last_bit_of_a_sample(monkeypatch):
     kernel = OPERATOR.sample_eager
-    monkeypatch.setattr(OPERATOR, "sample_eager", lambda *args, **given: torch.nextafter(x := kernel(*args, **given), x + 1))
+    monkeypatch.setattr(
+        OPERATOR, "sample_eager", lambda *args, **given: torch.nextafter(x := kernel(*args, **given), x + 1)
+    )
 
 
 MISTAKES = {
