@@ -122,9 +122,13 @@ def _use(node: fx.Node, kind: Kind) -> _Tree:
     return _Tree(operations.name_of(node), "\n".join(filter(None, (node.name, source.code, source.location))), kind)
 
 
+def _width(bits: float | None) -> str:
+    return "b scheduled" if bits is None else f"b = {bits:g}"
+
+
 def _sample(node: fx.Node) -> _Tree:
     given = SampleArguments.of(node)
-    width = "learned bits" if given.learned is not None else f"b = {given.bits:g}"
+    width = "learned bits" if given.learned is not None else _width(given.bits)
     label = f"sample {given.fmt}, {width}" if given.key is not None else f"cast {given.fmt}"
     scaled = f"scale {given.scale}" if given.scale else "no scale"
     title = f"gws.sample_weight: {given.fmt}, {given.noise} noise, {width}, block {given.block}, {scaled}"

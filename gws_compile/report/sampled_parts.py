@@ -22,6 +22,9 @@ from ..torch_internals.distributed import whole_tensor
 PART_ELEMENTS = 2**22
 """Elements that are looked at together: bounds the memory taken, about 100 bytes each."""
 
+_LAST_BITS = 2.0**-22
+"""By how much a float32 quotient times its divisor may differ from the dividend, and more."""
+
 
 @dataclass(frozen=True)
 class SamplingState:
@@ -51,7 +54,8 @@ class Part:
         w: (matrices, rows, columns), in the dtype in which the weight is sampled.
         cast: without noise, shape and dtype of ``w``.
         noisy: with the noise of the draw; None for a weight that gets none.
-        largest: float64, of each element's block: the grid's largest value; NaN in a broken block.
+        largest: float64, of each element's block: the grid's largest value, with an exact scale the block's maximum; NaN
+            in a broken block.
     """
 
     w: torch.Tensor
@@ -141,4 +145,8 @@ def _largest(
         lambda name: of_matrix[name]().expand(amax.shape),
     )
     # Two factors of float32: their product may lie beyond it.
-    return blocks.expand(x.double() * (largest.double() if isinstance(largest, torch.Tensor) else largest))
+    limit = x.double() * (largest.double() if isinstance(largest, torch.Tensor) else largest)
+    if spec.scale == "amax":
+        # The block maximum is the grid's largest value, up to the last bit of the scale.
+        limit = torch.where((amax.double() / limit - 1).abs() < _LAST_BITS, amax.double(), limit)
+    return blocks.expand(limit)

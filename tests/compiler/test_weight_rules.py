@@ -159,6 +159,7 @@ def test_what_report_metrics_and_state_say():
         if m.sqnr_noise is not None:
             signal, error = w.double().square().sum(), (w - noisy).square().sum()
             assert m.sqnr_noise == pytest.approx(10 * torch.log10(signal / error).item(), abs=1e-9)
+    assert metrics["second.weight"].saturated == 0  # the maximum of a row is what the scale is made for
     assert backend.average_bits() == 3.25
     state = backend.state_dict()
     assert state["settings"] == [["first.weight", "e2m1 16x16 nvfp4"], ["second.weight", "int4 1xall amax"]]

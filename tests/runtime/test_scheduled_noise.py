@@ -105,6 +105,22 @@ def test_switching_noise_off_wins_over_the_schedule():
     assert torch.equal(used(compiled, model), wanted(model, 0))
 
 
+def test_report_and_page_tell_the_schedule(tmp_path):
+    """A width that moves is no number in a graph: the drawing says where it comes from, the table what it is now."""
+    model, compiled, backend = setup(Schedule(start=1, bits=((0, 8.0), (4, 4.0))), rules=[("fc.*", {"block": (1, 16)})])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(3):
+        step_of(optimizer, used(compiled, model))
+    schedule = "noise from step 1; b = 8 at step 0, 4 at step 4"
+    assert str(backend.report()).endswith(f"schedule: {schedule}")
+    backend.report().to_html(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert f"schedule: {schedule}" in page
+    assert "b scheduled" in page
+    assert "1 x 16, floor" in page
+    assert "rule fc.<wbr>*=block=1x16" in page
+
+
 @pytest.mark.parametrize("fmt", ["nvfp4", "int4_group"])
 def test_scheduled_widths_of_other_formats(fmt):
     model, compiled, _ = setup(Schedule(bits=((0, 4.0), (2, 2.0))), fmt=fmt, inner="inductor")
