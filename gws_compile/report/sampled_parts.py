@@ -54,7 +54,7 @@ class Part:
         w: (matrices, rows, columns), in the dtype in which the weight is sampled.
         cast: without noise, shape and dtype of ``w``.
         noisy: with the noise of the draw; None for a weight that gets none.
-        largest: float64, of each element's block: the grid's largest value, with an exact scale the block's maximum; NaN
+        largest: float64, of each element's block: the grid's largest value, with an exact scale the block maximum; NaN
             in a broken block.
     """
 
