@@ -89,8 +89,7 @@ class Figures:
 def bits_per_weight(settings: WeightSettings) -> float:
     """Of a stored element and its part of its group's scale."""
     preset = PRESETS[settings.preset]
-    # Groups of int4_group are as long as its blocks.
-    rows, cols = settings.block if preset.name == "int4_group" else preset.group
+    rows, cols = preset.stored_group(settings.block)
     scale = 0.0 if rows is None else preset.scale_bits / (rows * (cols or ROW))
     return preset.element.storage_bits + scale
 

@@ -247,9 +247,6 @@ class Config:
             raise ValueError(f"schedule must be a Schedule or None, got {schedule!r}")
         scheduled = schedule is not None and bool(schedule.bits)
         weights = WeightSettings.make(given, scheduled=scheduled)
-        made_rules = make_rules(rules, given, scheduled=scheduled)
-        if schedule is not None:
-            _check_schedule(schedule, weights, bits, made_rules)
         check_choice("resample", resample, get_args(Resample))
         check_choice("backward", backward, get_args(Backward))
         if not (isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**64):
@@ -258,9 +255,9 @@ class Config:
             raise ValueError(f"inner must be one of {', '.join(map(repr, INNERS))} or a callable, got {inner!r}")
         if not isinstance(strict, bool):
             raise ValueError(f"strict must be True or False, got {strict!r}")
-        return Config(
+        config = Config(
             weights=weights,
-            rules=made_rules,
+            rules=make_rules(rules, given, scheduled=scheduled),
             schedule=schedule,
             include=None if include is None else _patterns("include", include),
             exclude=_patterns("exclude", exclude or ()),
@@ -270,6 +267,9 @@ class Config:
             inner=inner,
             strict=strict,
         )
+        if schedule is not None:
+            _check_schedule(schedule, config, bits)
+        return config
 
     @property
     def fmt(self) -> ElementFormat:
@@ -345,12 +345,11 @@ class Config:
         return {name: _text(value) for name, value in values.items()}
 
 
-def _check_schedule(
-    schedule: Schedule, weights: WeightSettings, bits: float | LearnedBits | None, rules: Iterable[Rule]
-) -> None:
+def _check_schedule(schedule: Schedule, config: Config, bits: float | LearnedBits | None) -> None:
+    weights = config.weights
     if schedule.changes_nothing:
         _warn("schedule=Schedule() changes nothing: give start, stop or bits")
-    elif all(one is None or one.noise == "none" for one in (weights, *(rule.settings for rule in rules))):
+    elif not config.draws_noise:
         _warn(f"schedule=Schedule({schedule}) has no effect with noise='none'")
     if not schedule.bits:
         return

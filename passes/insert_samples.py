@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from gws_compile.config import Config
-from gws_compile.numerics.blocks import block_argument, clamped, matrix_shape
+from gws_compile.numerics.blocks import block_argument, block_counts, clamped, matrix_shape
 from gws_compile.numerics.shards import ShardRange, from_local_like
 from gws_compile.numerics.widths import parameter_shape
 from gws_compile.ops.sample_arguments import MaximumArguments, SampleArguments
@@ -270,8 +270,7 @@ class _Inserter:
         found = graph.call_function(maximum_over_ranks, (own, place.node, spread))
         local = local_example(example_value(place.node))
         matrices, rows, cols = matrix_shape(shard.local, dims)
-        sides = clamped(block, rows, cols)
-        example = local.new_zeros([matrices, -(-rows // sides[0]), -(-cols // sides[1])], dtype=torch.int32)
+        example = local.new_zeros([matrices, *block_counts(block, rows, cols)], dtype=torch.int32)
         for made in (own, found):
             made.meta["example_value"] = example
         return found

@@ -123,15 +123,14 @@ class Loops(ABC):
 
     def stored_by_matrix(self, value: Loader) -> Loader:
         """A float32 value of each matrix, computed once; the loader is one by `matrix_of`."""
-        stored = inductor.pointwise(
-            device=self.w.get_device(), dtype=torch.float32, value=value, ranges=[self.matrices]
-        )
-        stored.realize()
-        load: Loader = stored.make_loader()
+        load: Loader = self._stored(value, torch.float32, [self.matrices]).make_loader()
         return load
 
     def stored_tensor(self, value: Loader, dtype: torch.dtype) -> Any:
-        """The same as a tensor."""
-        stored = inductor.pointwise(device=self.w.get_device(), dtype=dtype, value=value, ranges=list(self.blocks))
+        """What `stored` loads, as a tensor."""
+        return self._stored(value, dtype, self.blocks)
+
+    def _stored(self, value: Loader, dtype: torch.dtype, ranges: Sequence[Any]) -> Any:
+        stored = inductor.pointwise(device=self.w.get_device(), dtype=dtype, value=value, ranges=list(ranges))
         stored.realize()
         return stored

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ..config import SETTINGS, Setting
-from .settings_text import CONFIG_VARIABLE, checked, from_environment, nearest, variable
+from ..settings.nearest import nearest
+from .settings_text import CONFIG_VARIABLE, checked, from_environment, variable
 
 
 class UsageError(Exception):

@@ -11,16 +11,16 @@ import os
 import re
 import tomllib
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
-from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..config import SETTINGS, Config
 from ..passes import SKIP_VARIABLE
 from ..settings.learned_bits import LearnedBits
+from ..settings.nearest import nearest
 from ..settings.rules import KEYS, RuleLike
 from ..settings.schedule import Schedule
 from ..warning import GwsWarning
@@ -130,46 +130,35 @@ def _value(name: str, value: Any) -> Any:
     return _TABLES[name](value) if name in _TABLES else value
 
 
-def nearest(name: str, accepted: Iterable[str]) -> str:
-    """The hint of a message: the accepted name that is nearest to a wrong one, or all of them."""
-    accepted = list(accepted)
-    close = get_close_matches(name, accepted, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"accepted: {', '.join(accepted)}"
+T = TypeVar("T", LearnedBits, Schedule)
 
 
-def _learned_bits(arguments: dict[str, Any]) -> LearnedBits:
-    accepted = [field.name for field in fields(LearnedBits)]
+def _made(kind: type[T], arguments: dict[str, Any]) -> T:
+    """The settings of a class from its arguments; lists become tuples, so that backends are told apart by them."""
+    accepted = [field.name for field in fields(kind)]
     if unknown := [name for name in arguments if name not in accepted]:
-        raise ValueError(f"LearnedBits has no {unknown[0]!r}: {nearest(unknown[0], accepted)}")
-    if isinstance(arguments.get("formats"), list):  # frozen, so that backends can be told apart by their settings
-        arguments = {**arguments, "formats": tuple(arguments["formats"])}
-    return LearnedBits(**arguments)
+        raise ValueError(f"{kind.__name__} has no {unknown[0]!r}: {nearest(unknown[0], accepted)}")
+    return kind(**{name: _frozen(value) for name, value in arguments.items()})
 
 
-def _schedule_of(arguments: dict[str, Any]) -> Schedule:
-    accepted = [field.name for field in fields(Schedule)]
-    if unknown := [name for name in arguments if name not in accepted]:
-        raise ValueError(f"Schedule has no {unknown[0]!r}: {nearest(unknown[0], accepted)}")
-    if isinstance(points := arguments.get("bits"), list):
-        arguments = {**arguments, "bits": tuple(tuple(p) if isinstance(p, list) else p for p in points)}
-    return Schedule(**arguments)
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _schedule(text: str) -> Schedule:
     pairs = (pair.partition("=") for pair in text.split(",") if pair)
-    arguments: dict[str, Any] = {}
-    for name, _, value in pairs:
-        points = tuple(tuple(map(_number, point.split(":"))) for point in value.split("/"))
-        arguments[name.strip()] = points if name.strip() == "bits" else _number(value.strip())
-    whole = {name: _whole(value) for name, value in arguments.items()}
-    return _schedule_of(whole)
+    given = ((name.strip(), value.strip()) for name, _, value in pairs)
+    return _made(Schedule, {name: (_points if name == "bits" else _step)(value) for name, value in given})
 
 
-def _whole(value: Any) -> Any:
-    """Steps, as text, are floats that are whole."""
-    if isinstance(value, tuple):
-        return tuple((_whole(point[0]), *point[1:]) if point else point for point in value)
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def _points(text: str) -> tuple[Any, ...]:
+    points = (point.split(":") for point in text.split("/"))
+    return tuple((_step(step), *map(_number, widths)) for step, *widths in points)
+
+
+def _step(text: str) -> int | float | str:
+    number = _number(text)
+    return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
 def _rule(text: str) -> RuleLike:
@@ -224,7 +213,7 @@ def _bits(text: str) -> Any:
     if kind != "learned":
         return _number(text)
     pairs = (pair.partition("=") for pair in rest.split(",") if pair)
-    return _learned_bits({name.strip(): _number(value.strip()) for name, _, value in pairs})
+    return _made(LearnedBits, {name.strip(): _number(value.strip()) for name, _, value in pairs})
 
 
 def _block(text: str) -> Any:
@@ -257,8 +246,8 @@ def _scale(text: str) -> str | None:
 
 
 _TABLES: dict[str, Callable[[Any], Any]] = {
-    "bits": lambda value: _learned_bits(value) if isinstance(value, dict) else value,
-    "schedule": lambda value: _schedule_of(value) if isinstance(value, dict) else value,
+    "bits": lambda value: _made(LearnedBits, value) if isinstance(value, dict) else value,
+    "schedule": lambda value: _made(Schedule, value) if isinstance(value, dict) else value,
     "rules": _rules_of,
     "block": lambda value: (
         tuple(None if side == "all" else side for side in value) if isinstance(value, list) else value

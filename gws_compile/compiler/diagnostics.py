@@ -92,18 +92,18 @@ class Diagnostics:
             own = pattern not in DEFAULT_EXCLUDE
             if own and weights and not self._matching("exclude", pattern, weights):
                 self._say_unmatched("exclude", pattern, weights)
-        for rule in config.rules:
-            self._check_rule(rule, weights)
+        self._check_rules(weights)
         if any(w.reason is None for w in weights):
             self._any_rewritten = True
         self._check_precision([w for w in weights if w.reason is None])
         self._check_other_uses([w for w in weights if w.reason is None])
         if not self._any_rewritten:
             what = _list(weights) or "it has no weight matrices"
-            if config.strict and not self._left_by_rules(weights):
+            left_by_rules = self._left_by_rules(weights)
+            if config.strict and not left_by_rules:
                 raise ValueError(f"strict=True, and no weight was rewritten: {what}")
             # A graph break often parts an embedding from the rest of the model, whose graph is still to come.
-            quiet = weights and (all(w.embedded and not w.reads for w in weights) or self._left_by_rules(weights))
+            quiet = weights and (all(w.embedded and not w.reads for w in weights) or left_by_rules)
             if has_parameters and not quiet:
                 self._say(f"no weight has been rewritten so far: {what}")
 
@@ -220,27 +220,34 @@ class Diagnostics:
                 raise ValueError(message)
             self._say(message)
 
-    def _check_rule(self, rule: Rule, weights: Sequence[Weight]) -> None:
-        """Say of a rule that decides nothing what is in its way, as far as the names of weights are known."""
-        if not weights or rule in self._deciding:
+    def _check_rules(self, weights: Sequence[Weight]) -> None:
+        """Say of rules that decide nothing what is in their way, as far as the names of weights are known."""
+        undecided = [rule for rule in self._config.rules if rule not in self._deciding]
+        if not weights or not undecided:
             return
         self._slots.see_caller()
         seen = {name for weight in weights for name in weight.names}
         paths = ((slot.path,) for slot in self._slots if slot.path not in seen)
-        known_names = [*(weight.names for weight in weights), *paths]
+        known = [*(weight.names for weight in weights), *paths]
+        for rule in undecided:
+            self._check_rule(rule, known)
+
+    def _check_rule(self, rule: Rule, known: Sequence[tuple[str, ...]]) -> None:
         others = []
-        for names in filter(rule.matches, known_names):
+        for names in filter(rule.matches, known):
             name, (reason, _) = names[-1], treatment_of(names, self._config)
             first = self._config.rule_of(names)
-            if first is not rule:
-                others.append(f"{name}: the rule {first.text!r} comes first" if first else name)
+            if first is not None and first is not rule:
+                others.append(f"{name}: the rule {first.text!r} comes first")
             elif reason is not None and rule.settings is not None:
                 others.append(f"{name}: {reason}")
             else:
                 self._deciding.add(rule)
                 return
-        known = f"the weights that are known are: {_listed([names[-1] for names in known_names])}"
-        self._say_once(f"rule {rule.text}", f"the rule {rule.text!r} decides nothing: {_listed(others, '; ') or known}")
+        listed = f"the weights that are known are: {_listed([names[-1] for names in known])}"
+        self._say_once(
+            f"rule {rule.text}", f"the rule {rule.text!r} decides nothing: {_listed(others, '; ') or listed}"
+        )
 
     def _left_by_rules(self, weights: Sequence[Weight]) -> bool:
         """Whether rules leave the weights of a graph alone, and others are to come: of blocks compiled one by one."""

@@ -49,6 +49,13 @@ def _clamped(side: int | None, size: int) -> int:
         return side
 
 
+def block_counts(block: Sequence[int | None], rows: int, cols: int) -> tuple[int, int]:
+    """How many blocks a matrix has, (block rows, block columns); none along a side of which it has nothing."""
+    sides = clamped(block, rows, cols)
+    down, across = (-(-size // side) if side else 0 for size, side in zip((rows, cols), sides, strict=True))
+    return down, across
+
+
 def matrix_shape(shape: Sequence[int], batch_dims: int) -> tuple[int, int, int]:
     """How a weight of this shape is blocked: (matrices, rows, columns).
 
@@ -60,21 +67,19 @@ def matrix_shape(shape: Sequence[int], batch_dims: int) -> tuple[int, int, int]:
     return math.prod(shape[:batch_dims]), shape[batch_dims], math.prod(shape[batch_dims + 1 :])
 
 
-def matrix_maximum(w: torch.Tensor) -> torch.Tensor:
-    """Largest magnitude of each matrix over what is finite, float32, (matrices,); ``w`` as of `block_maximum`."""
-    return torch.where(w.isfinite(), w.abs(), 0.0).amax(dim=(1, 2))
-
-
-def block_maximum(w: torch.Tensor, block: Sequence[int | None]) -> torch.Tensor:
+def block_maximum(w: torch.Tensor, block: Sequence[int | None], *, finite: bool = False) -> torch.Tensor:
     """Largest magnitude of each block.
 
     Args:
         w: float32, (matrices, rows, columns).
         block: block shape; sizes that are no multiple of it end in partial blocks.
+        finite: leave out what is NaN or Inf.
 
     Returns:
-        float32, (matrices, block rows, block columns); NaN where the block has one.
+        float32, (matrices, block rows, block columns); NaN where the block has one that is not left out.
     """
+    if finite:
+        w = torch.where(w.isfinite(), w, 0.0)
     (rows, cols), (br, bc) = w.shape[1:], clamped(block, *w.shape[1:])
     w = torch.nn.functional.pad(w.abs(), (0, -cols % bc, 0, -rows % br))
     return w.view(w.shape[0], w.shape[1] // br, br, w.shape[2] // bc, bc).amax(dim=(2, 4))
@@ -99,10 +104,6 @@ class Blocks:
     def expand(self, x: object) -> torch.Tensor:
         """A value of each block, (matrices, block rows, block columns), at every element; a number as it is."""
         return x[:, self._rows[:, None], self._cols] if isinstance(x, torch.Tensor) else x  # type: ignore[return-value]
-
-    def by_matrix(self, x: torch.Tensor) -> torch.Tensor:
-        """A value of each matrix, as one of each block."""
-        return x.reshape(-1, 1, 1)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Sum of (matrices, rows, columns) over each block."""

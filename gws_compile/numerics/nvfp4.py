@@ -30,7 +30,6 @@ _STORED = FORMATS["fp8_e4m3"]
 
 _LARGEST_ENCODE = 2.0**115
 _SIXTH = nearest_float32(1 / ELEMENT.max)
-_ZERO = 0
 
 
 def encode_scale(p: Primitives, matrix_maximum: Value) -> Value:
@@ -38,7 +37,7 @@ def encode_scale(p: Primitives, matrix_maximum: Value) -> Value:
     bits = p.float_bits(matrix_maximum)
     smallest = ELEMENT.max * _STORED.max / _LARGEST_ENCODE
     encode = divide(p, ELEMENT.max * _STORED.max, p.bits_float(p.imax(bits, float32_bits(smallest))))
-    return p.fselect(p.ilt(_ZERO, bits), encode, 1.0)
+    return p.fselect(p.ilt(0, bits), encode, 1.0)
 
 
 def stored_scale(p: Primitives, amax: Value, encode: Value) -> Value:

@@ -10,7 +10,7 @@ from .blocks import Block
 from .elements import ElementFormat, parse_element
 from .formats import FORMATS
 from .integers import IntFormat
-from .scales import Scale
+from .scales import POWERS_OF_TWO, Scale
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Preset:
         element: format of an element.
         block: rows and columns that share a scale, in training.
         scale: rule of the block scale.
-        group: rows and columns that share a scale in a file, or in hardware; None for all. Blocks that hold whole
-            groups have the same scale in each.
+        group: rows and columns that share a scale in a file, or in hardware; None for all. Where it is a part of
+            ``block``, blocks that hold whole groups have the same scale in each.
         scales: the rules that leave the preset what it is.
         scale_bits: of a stored scale.
     """
@@ -53,6 +53,10 @@ class Preset:
                 f"write fmt={self.element.name!r} with this block and scale={scale!r}"
             )
 
+    def stored_group(self, block: Block) -> Block:
+        """Rows and columns that share a stored scale, of a weight that is trained in these blocks."""
+        return block if self.group == self.block else self.group
+
     def _fits(self, block: Block) -> bool:
         if None in self.group or self.name == "fp8_block":
             return block == self.group
@@ -72,16 +76,15 @@ class Preset:
         return f"each {rows} x {cols} elements have"
 
 
-_POWERS: tuple[Scale, ...] = ("floor", "ceil")
-_ANY: tuple[Scale, ...] = ("amax", "floor", "ceil")
+_ANY: tuple[Scale, ...] = ("amax", *POWERS_OF_TWO)
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
         one.name: one
         for one in (
-            Preset("mxfp8", FORMATS["fp8_e4m3"], (32, 32), "floor", (1, 32), _POWERS, 8),
-            Preset("mxfp6", FORMATS["fp6_e2m3"], (32, 32), "floor", (1, 32), _POWERS, 8),
-            Preset("mxfp4", FORMATS["fp4_e2m1"], (32, 32), "floor", (1, 32), _POWERS, 8),
+            Preset("mxfp8", FORMATS["fp8_e4m3"], (32, 32), "floor", (1, 32), POWERS_OF_TWO, 8),
+            Preset("mxfp6", FORMATS["fp6_e2m3"], (32, 32), "floor", (1, 32), POWERS_OF_TWO, 8),
+            Preset("mxfp4", FORMATS["fp4_e2m1"], (32, 32), "floor", (1, 32), POWERS_OF_TWO, 8),
             Preset("nvfp4", FORMATS["fp4_e2m1"], (16, 16), "nvfp4", (1, 16), ("nvfp4",), 8),
             Preset("fp8_block", FORMATS["fp8_e4m3"], (128, 128), "amax", (128, 128), _ANY, 32),
             Preset("fp8_channel", FORMATS["fp8_e4m3"], (1, None), "amax", (1, None), _ANY, 32),

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from .blocks import clamped
+from .blocks import block_counts
 from .elements import ElementFormat, parse_element
 from .float32 import float32_bits, nearest_float32
 from .primitives import Primitives, TorchPrimitives, Value
@@ -133,6 +133,5 @@ def parameter_shape(
     """Shape of ``b_i``: () for a weight; (block rows, block columns) for a matrix, with the matrices in front of it."""
     if granularity == "weight":
         return ()
-    block_rows, block_cols = clamped(block, rows, cols)
-    blocks = (-(-rows // block_rows), -(-cols // block_cols))
+    blocks = block_counts(block, rows, cols)
     return blocks if matrices == 1 else (matrices, *blocks)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..numerics.blocks import Blocks, block_maximum, clamped, matrix_maximum, matrix_shape
+from ..numerics.blocks import Blocks, block_counts, block_maximum, matrix_shape
 from ..numerics.primitives import TorchPrimitives, Value
 from ..numerics.shards import element_index
 from ..numerics.spec import Operand, SampleSpec, WidthGradientSpec
@@ -47,14 +47,15 @@ def sample_eager(
         amax = _block_maxima(y, block, None if spec.needs_matrix_maximum else maxima)
         of_matrix: dict[str, Operand] = {}
         if spec.matrix_values:
-            of_matrix = spec.of_matrix(p, lambda: matrix_maximum(y) if maxima is None else maxima.view(torch.float32))
+            matrix = _block_maxima(y, (None, None), maxima, finite=True)
+            of_matrix = spec.of_matrix(p, lambda: matrix)
         parameter = None if learned is None else learned.detach().expand(amax.shape)
         of_block = spec.of_block(
             p,
             lambda: amax,
             None if parameter is None else lambda: parameter,
             None if clock is None else clock.__getitem__,
-            lambda name: blocks.by_matrix(of_matrix[name]()).expand(amax.shape),
+            lambda name: of_matrix[name]().expand(amax.shape),
         )
 
     def index() -> Value:
@@ -71,21 +72,19 @@ def sample_eager(
     return torch.empty_like(w).copy_(result.to(w.dtype).view(w.shape))
 
 
-def _block_maxima(matrices: torch.Tensor, block: Sequence[int | None], maxima: torch.Tensor | None) -> torch.Tensor:
-    return block_maximum(matrices, block) if maxima is None else maxima.view(torch.float32)
+def _block_maxima(
+    matrices: torch.Tensor, block: Sequence[int | None], maxima: torch.Tensor | None, *, finite: bool = False
+) -> torch.Tensor:
+    """The maxima of blocks, float32: of their bits, where they are given."""
+    return block_maximum(matrices, block, finite=finite) if maxima is None else maxima.view(torch.float32)
 
 
 def maximum_eager(w: torch.Tensor, batch_dims: int, block: Sequence[int], *, finite: bool) -> torch.Tensor:
     """The maxima of blocks as bits; arguments and result as of `gws_compile.ops.sample_weight.weight_maximum`."""
     matrices, rows, cols = matrix_shape(w.shape, batch_dims)
     if not w.numel():
-        sides = clamped(block, rows, cols)
-        blocks = [-(-size // side) if side else 0 for size, side in zip((rows, cols), sides, strict=True)]
-        return torch.zeros([matrices, *blocks], dtype=torch.int32, device=w.device)
-    y = Blocks(w, batch_dims, block).matrices(w)
-    if finite:
-        y = torch.where(y.isfinite(), y, 0.0)
-    return block_maximum(y, block).view(torch.int32)
+        return torch.zeros([matrices, *block_counts(block, rows, cols)], dtype=torch.int32, device=w.device)
+    return block_maximum(Blocks(w, batch_dims, block).matrices(w), block, finite=finite).view(torch.int32)
 
 
 def bits_gradient_eager(

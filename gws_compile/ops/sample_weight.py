@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..numerics.blocks import clamped, matrix_shape
+from ..numerics.blocks import block_counts, matrix_shape
 from .eager import bits_gradient_eager, maximum_eager, sample_eager
 from .sample_arguments import BitsGradientArguments, MaximumArguments, SampleArguments
 
@@ -131,9 +131,7 @@ def weight_maximum(w: torch.Tensor, batch_dims: int, block: list[int], finite: b
 def _(*arguments: Any) -> torch.Tensor:
     given = MaximumArguments(*arguments)
     matrices, rows, cols = matrix_shape(given.w.shape, given.batch_dims)
-    sides = clamped(given.block, rows, cols)
-    blocks = [-(-size // side) if side else 0 for size, side in zip((rows, cols), sides, strict=True)]
-    maxima: torch.Tensor = given.w.new_empty([matrices, *blocks], dtype=torch.int32)
+    maxima: torch.Tensor = given.w.new_empty([matrices, *block_counts(given.block, rows, cols)], dtype=torch.int32)
     return maxima
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 from ..numerics.presets import PRESETS
 from ..weight_names import first_match
 from .learned_bits import LearnedBits
+from .nearest import nearest
 from .weight_settings import GivenSettings, WeightSettings
 
 KEYS = ("fmt", "bits", "block", "scale", "noise")
@@ -97,9 +97,7 @@ def _rule(number: int, one: object, base: GivenSettings, scheduled: bool) -> Rul
         given = {"fmt": given}
     for key in given:
         if key not in KEYS:
-            close = get_close_matches(str(key), KEYS, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"accepted: {', '.join(KEYS)}"
-            raise ValueError(f"{where}: unknown key {key!r}: {hint}")
+            raise ValueError(f"{where}: unknown key {key!r}: {nearest(str(key), KEYS)}")
     if not given:
         raise ValueError(f"{where}: it says nothing; give some of {', '.join(KEYS)}, or None to leave weights alone")
     if isinstance(given.get("bits"), LearnedBits):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from ..numerics.blocks import Block, check_block, clamped
+from ..numerics.blocks import Block, block_counts, check_block
 from ..numerics.elements import ElementFormat
 from ..numerics.integers import IntFormat
 from ..numerics.noise import NOISES, Noise
@@ -20,9 +21,6 @@ from .learned_bits import LearnedBits, check_bits
 
 DEFAULT_FORMAT = "fp8_e4m3"
 DEFAULT_BLOCK = (32, 32)
-
-_REPEATED = ("mxfp8", "mxfp6", "mxfp4", "nvfp4")
-"""Presets whose files have a scale for each group of a block."""
 
 ScaleSetting = Scale | Literal["auto"]
 """A rule of the block scale, or ``"auto"``: the preset's, ``"amax"`` for integers, ``"floor"`` for other formats."""
@@ -148,13 +146,10 @@ class WeightSettings:
         if self.scale is None or not self.fmt.scaled:
             return elements
         preset = PRESETS.get(self.preset)
-        scale_bytes = 4 if self.scale == "amax" else 1
-        group = self.block
+        group, scale_bytes = self.block, 4 if self.scale == "amax" else 1
         if preset is not None:
-            scale_bytes = preset.scale_bits // 8
-            group = preset.group if self.preset in _REPEATED else self.block
-        side, length = clamped(group, rows, cols)
-        scales = matrices * -(-rows // side) * -(-cols // length)
+            group, scale_bytes = preset.stored_group(self.block), preset.scale_bits // 8
+        scales = matrices * math.prod(block_counts(group, rows, cols))
         return elements + scales * scale_bytes + (4 * matrices if self.scale == "nvfp4" else 0)
 
     def sample_spec(self, dtype: torch.dtype) -> SampleSpec:

@@ -9,7 +9,7 @@ from gws_compile.passes import SKIP_VARIABLE
 
 import gws_compile
 from gws_compile import LearnedBits, Schedule
-from gws_compile.command_line.settings_text import NAMES, from_environment, from_file, nearest, read, variable
+from gws_compile.command_line.settings_text import NAMES, from_environment, from_file, read, variable
 from gws_compile.config import SETTINGS, Config
 
 
@@ -197,8 +197,3 @@ def test_the_file_in_the_documentation(tmp_path):
     path.write_text(page.split("```toml\n")[1].split("```")[0])
     config = Config.make(**from_file(path))
     assert (config.fmt.name, config.learned) == ("bf16", LearnedBits(average=5.0))
-
-
-def test_nearest():
-    assert nearest("GWS_INCLUDES", ["GWS_INCLUDE", "GWS_EXCLUDE"]) == "did you mean 'GWS_INCLUDE'?"
-    assert nearest("zzz", ["a", "b"]) == "accepted: a, b"

@@ -5,6 +5,7 @@ import gc
 
 import pytest
 import torch
+from support.small_models import Product
 from torch import nn
 
 import gws_compile
@@ -15,22 +16,11 @@ FMT = "fp4_e2m1"
 pytestmark = pytest.mark.usefixtures("reset")
 
 
-class Product(nn.Module):
-    """A linear layer of one's own, of which torch traces a frame: one graph for all of them behind a break."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(8, 8))
-
-    def forward(self, x):
-        return x @ self.weight.t()
-
-
 class Stack(nn.Module):
     def __init__(self, *names):
         super().__init__()
         for name in names:
-            setattr(self, name, Product())
+            setattr(self, name, Product(8))
 
     def forward(self, x):
         for _, layer in self.named_children():
@@ -111,7 +101,7 @@ def test_blocks_that_are_compiled_one_by_one_are_counted_each():
     class Blocks(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layers = nn.ModuleList(Product() for _ in range(30))
+            self.layers = nn.ModuleList(Product(8) for _ in range(30))
 
         def forward(self, x):
             for layer in self.layers:

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from support.models import gpt2
+from support.small_models import Product
 from torch import nn
 
 import gws_compile
@@ -27,23 +28,14 @@ SAMPLED = {
 """What becomes of `Products` by these rules, as arguments of `gws_compile.sample`."""
 
 
-class Product(nn.Module):
-    """A linear layer of one's own: torch traces its frame, and all that lie behind breaks share a graph."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(32, 32))
-
-    def forward(self, x):
-        return x @ self.weight.t()
-
-
 class Products(nn.Module):
     def __init__(self, breaks):
         super().__init__()
         self.breaks = breaks
         for name in ("first", "second", "third", "fourth"):
-            setattr(self, name, Product())
+            layer = Product(32)
+            layer.weight.data /= 32**0.5  # so that what comes out is as large as what goes in
+            setattr(self, name, layer)
 
     def forward(self, x):
         for layer in (self.first, self.second, self.third, self.fourth):
@@ -77,14 +69,14 @@ def test_each_weight_is_sampled_by_its_own_rule(breaks, inner):
         out, gradients = reference(model, x, step=step)
         optimizer.zero_grad()
         got = compiled(x)
-        torch.testing.assert_close(got, out, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(got, out, rtol=1e-5, atol=1e-5)
         got.square().sum().backward()
         for name, p in model.named_parameters():
-            torch.testing.assert_close(p.grad, gradients[name], rtol=1e-5, atol=1e-2)
+            torch.testing.assert_close(p.grad, gradients[name], rtol=1e-5, atol=1e-5)
         optimizer.step()
     out, _ = reference(model, x, noisy=False)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(x), out, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(compiled(x), out, rtol=1e-5, atol=1e-5)
 
 
 def used_weights(compiled, names):
@@ -98,7 +90,7 @@ class OneOf(nn.Module):
 
     def __init__(self, count):
         super().__init__()
-        self.layers = nn.ModuleList(Product() for _ in range(count))
+        self.layers = nn.ModuleList(Product(32) for _ in range(count))
 
     def forward(self, index, x):
         return self.layers[index](x)

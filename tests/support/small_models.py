@@ -17,6 +17,17 @@ class OneLayer(nn.Module):
         return self.fc(x)
 
 
+class Product(nn.Module):
+    """A linear layer of one's own, of which torch traces a frame: one graph for all of them behind a break."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(features, features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.t()
+
+
 class Net(nn.Module):
     """``up`` to the inner features and ``down`` from them, added to the input."""
 
