@@ -7,14 +7,16 @@ keeps a record. `passes` find the reads of weights, select weights and insert th
 of `ops`, with an eager kernel there and Inductor's code in `codegen`; what it computes is written once, in
 `numerics`: formats, scales, noise, casts, keys. The compiled graph is called: what the call needs comes from
 `runtime` (names and keys of weights, the clock of the draws) and `learned_bits` (trained widths). Seeing: `report`
-has records and tables, metrics, histograms and the page. Running: `command_line` is ``gws run`` and ``gws explain``;
-`integrations` serve other packages' trainers.
+has records and tables, metrics, histograms and the page. Leaving: `deploy` writes checkpoints that engines load.
+Running: `command_line` is ``gws run``, ``gws explain`` and ``gws export``; `integrations` serve other packages'
+trainers.
 
 The layers, from above; each imports only from those below it:
 
     api, integrations       the public functions; what other packages' trainers use
     command_line            programs, settings as text, the backend by name
     compiler                the protocol of torch.compile
+    deploy                  what comes out: files of low-bit weights
     report                  what was rewritten and what was not
     learned_bits            trained bit widths
     runtime                 what a call of a compiled graph needs
@@ -34,6 +36,8 @@ from .api import backend, explain
 from .command_line.named_backend import named_backend
 from .compiler.backend import Backend
 from .config import DEFAULT_EXCLUDE
+from .deploy.export_report import ExportedWeight, ExportReport
+from .deploy.manifest import load_export
 from .learned_bits.summary import BitsSummary
 from .numerics.formats import FORMATS, FloatFormat
 from .numerics.integers import IntFormat
@@ -54,6 +58,8 @@ __all__ = [
     "PRESETS",
     "Backend",
     "BitsSummary",
+    "ExportReport",
+    "ExportedWeight",
     "FloatFormat",
     "GraphBreak",
     "GraphRecord",
@@ -70,6 +76,7 @@ __all__ = [
     "backend",
     "edge_blocks",
     "explain",
+    "load_export",
     "named_backend",
     "quantize",
     "sample",

@@ -13,6 +13,10 @@ import torch
 from torch import fx
 
 from ..config import Config
+from ..deploy.collect import deployed_tensors
+from ..deploy.export import export
+from ..deploy.export_report import ExportReport
+from ..deploy.writing import SHARD_BYTES
 from ..learned_bits.binding_widths import WidthFinder
 from ..learned_bits.learned_widths import LearnedWidths
 from ..learned_bits.plot import plot_bits
@@ -24,14 +28,15 @@ from ..runtime.clock import Clock
 from ..runtime.optimizer_hooks import after_each_step
 from ..runtime.weight_registry import WeightRegistry
 from ..runtime.weight_slots import Slot, WeightSlots
-from ..torch_internals.compilers import compiled_modules, untraced_of
+from ..torch_internals.compilers import compiled_modules, untraced_of, unwrapped
 from ..torch_internals.lookup import warn_of_newer_torch
+from ..weight_names import stage_prefix_of
 from .compiled_graph import GraphCompiler
 from .diagnostics import Diagnostics, GivenModules
 from .reporting import Reporting
 from .rewriting import Rewriting
 from .saved_state import DRAWS, SavedState, settings_texts
-from .tracer import trainable_weights
+from .tracer import weights_to_sample
 
 
 class Backend:
@@ -172,22 +177,71 @@ class Backend:
         finally:
             self._clock.enabled = before
 
-    def prepare(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        """Find a model's weights and make the parameters of their bit widths, before anything runs.
+    def export(
+        self,
+        model: torch.nn.Module,
+        path: str | Path,
+        format: str | None = None,
+        *,
+        tokenizer: Any = None,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> ExportReport:
+        """Write the model as it is deployed: low-bit weights that engines load, bit for bit those of ``no_grad`` calls.
 
-        An optimizer can then be built with `parameters`, and a checkpoint loaded. The model is traced on fake tensors:
-        nothing is computed. Without learned widths there is nothing to do. Call it before ``fully_shard``.
+        Scales are those of training, never computed again. What was written is read and decoded again before the
+        folder takes its place; a difference is an error. Of a Hugging Face model it becomes a folder that vLLM, SGLang
+        and transformers take as it is; of any other module safetensors with a small JSON file, see
+        `gws_compile.load_export`.
+
+        With sharded weights (DTensor: FSDP2, tensor parallelism) all ranks call it; weights are gathered one by one,
+        rank 0 writes, and the others return when it has. Otherwise rank 0 writes, and other ranks return at once.
+
+        Args:
+            model: what was trained; compiled or wrapped as it may be. It has been called once with this backend, or
+                been given to `prepare`.
+            path: a folder that does not exist yet, or is empty; of ``"gguf"`` a file.
+            format: ``"mxfp8"``, ``"mxfp4"``, ``"mxfp6"``, ``"nvfp4"``, ``"fp8_channel"``, ``"fp8_block"``,
+                ``"fp8_tensor"``, ``"int4"``, ``"int8"``: what all weights that are cast are stored in; ``"dense"``,
+                cast and not packed; ``"mxfp8_sglang"``, ``"torchao"``, ``"gguf"``. When None each weight has the one
+                that it was trained for, and stays dense where there is none.
+            tokenizer: saved beside a Hugging Face model: whatever has ``save_pretrained``.
+            shard_bytes: of a file, at most, where no weight has more.
+
+        Returns:
+            A table of what became of each weight, and why.
+
+        Raises:
+            ValueError: nothing was rewritten; a weight does not fit into the format, or has a NaN or an Inf; widths are
+                not frozen; what engines fuse is stored in several ways. The message names weight and remedy.
+            FileExistsError: ``path`` is there and is not empty.
+        """
+        inside = unwrapped(model)
+        stage = any(slot.name is not None and stage_prefix_of(slot.name) for slot in self._slots.of_module(inside))
+        return export(
+            inside,
+            deployed_tensors(inside, self._slots, self._learned, self.config),
+            path,
+            format,
+            tokenizer=tokenizer,
+            stage=stage,
+            shard_bytes=shard_bytes,
+        )
+
+    def prepare(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Find a model's weights, and make the parameters of learned bit widths, before anything runs.
+
+        An optimizer can then be built with `parameters`, a checkpoint loaded, or a model exported that was trained
+        elsewhere. The model is traced on fake tensors: nothing is computed. Call it before ``fully_shard``.
 
         Args:
             model: the module that will be called in training; a wrapped or compiled one is looked into.
             *args: an example of the call's positional arguments; their values do not matter.
             **kwargs: of its keyword arguments.
         """
-        if self._learned is not None:
-            for weight, slot, found in trainable_weights(model, args, kwargs, self.config, self._slots):
-                block = found.sampled_as.block
-                if found.sampled_as.learned is not None:
-                    self._learned.parameters.prepare(weight, slot, found.reads[0].batch_dims, block)
+        for weight, slot, found in weights_to_sample(model, args, kwargs, self.config, self._slots):
+            slot.prepared = found
+            if self._learned is not None and found.trainable and found.sampled_as.learned is not None:
+                self._learned.parameters.prepare(weight, slot, found.reads[0].batch_dims, found.sampled_as.block)
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """The backend's own trainable parameters, those of learned bit widths: a weight's name and ``.bits``.

@@ -34,7 +34,7 @@ class Tracer:
 
     Attributes:
         slots: the weights that came in, and those of the modules that were called.
-        found: those that are trained, with what the first graph that samples them knows of them.
+        found: those that are sampled, with what the first graph that does so knows of them.
     """
 
     __name__ = "gws"
@@ -60,7 +60,7 @@ class Tracer:
             here = rewritten if names is None else self._rewriting.again(kept, weights, names, gradients=gradients)
             for weight, slot in zip(here.weights, slots, strict=True):
                 slot.add(weight)
-                if weight.reason is None and weight.trainable:
+                if weight.reason is None:
                     self.found.setdefault(slot, weight)
             return gm.forward(*args)
 
@@ -109,10 +109,10 @@ def explained(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     return tracer.report()
 
 
-def trainable_weights(
+def weights_to_sample(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: Config, slots: WeightSlots
 ) -> list[tuple[torch.Tensor, Slot, Weight]]:
-    """The weights of a model that are trained and sampled: Parameter, place, and what a graph knows of it.
+    """The weights of a model that are sampled: Parameter, place, and what a graph knows of it.
 
     The model is traced on fake tensors: nothing is computed and nothing changes. Graph breaks are followed.
 

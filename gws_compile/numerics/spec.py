@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
@@ -225,6 +225,25 @@ class SampleSpec:
         if any(needs_rounding(fmt, exact, self.dtype) for fmt in formats):
             sampled = round_to_dtype(p, sampled, self.dtype)
         return sampled
+
+    def level_of_element(self, p: Primitives, w: Value, block: Callable[[str], Value]) -> Value:
+        """An element cast without noise, in units of its block's scale X: what a file stores a code of.
+
+        Args:
+            p: the operations to write it in.
+            w: float32, the weight.
+            block: loads one of the `block_values` of its block.
+
+        Returns:
+            float32 on the grid of the element format, without a block scale. The weight is this times X, rounded to
+            what its dtype holds. Without meaning in a block with a NaN or an Inf, and for formats without a scale.
+        """
+        if self.rule is not None:
+            grid = Grid(*map(block, self._grid))
+            inverse = p.isub(254 << 23, grid.x) if grid.inverse is None else grid.inverse
+            return cast_to_grid(p, w, replace(grid, x=p.iadd(p.iand(grid.x, 0), 127 << 23), inverse=inverse))
+        inverse = block("inverse") if "inverse" in self.block_values else None
+        return cast(p, w, inverse, 1.0, self.fmt, self.scale, self.dtype)
 
     def grid_limit(
         self, p: Primitives, amax: Value, learned: Value | None = None, matrix: Callable[[str], Value] | None = None

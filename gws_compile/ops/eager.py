@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..numerics.blocks import Blocks, block_counts, block_maximum, matrix_shape
+from ..numerics.nvfp4 import stored_scale
 from ..numerics.primitives import TorchPrimitives, Value
 from ..numerics.shards import element_index
 from ..numerics.spec import Operand, SampleSpec, WidthGradientSpec
@@ -70,6 +71,55 @@ def sample_eager(
         None if clock is None else clock.__getitem__,
     )
     return torch.empty_like(w).copy_(result.to(w.dtype).view(w.shape))
+
+
+def levels_eager(
+    w: torch.Tensor,
+    spec: SampleSpec,
+    block: Sequence[int | None],
+    learned: torch.Tensor | None = None,
+    *,
+    maxima: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The cast without noise in parts, as a file stores it: levels of the element format, and scales.
+
+    Args:
+        w: (matrices, rows, columns), of ``spec.dtype``.
+        spec: what is done to it; of a format with a scale.
+        block: block shape.
+        learned: None for a fixed width.
+        maxima: as in `sample_eager`.
+
+    Returns:
+        float32: the levels, of the shape of ``w``; each block's scale X, (matrices, block rows, block columns); and for
+        NVFP4 the level ``S_enc`` of each matrix, (matrices, 1, 1), X being its block's ``S_b`` instead.
+    """
+    p = TorchPrimitives()
+    blocks = Blocks(w, 1, block)
+    y = blocks.matrices(w)
+    amax = _block_maxima(y, block, None if spec.needs_matrix_maximum else maxima)
+    encode: torch.Tensor | None = None
+    of_matrix: dict[str, Operand] = {}
+    if spec.needs_matrix_maximum:
+        matrix = _block_maxima(y, (None, None), maxima, finite=True)
+        of_matrix = spec.of_matrix(p, lambda: matrix)
+        encode = of_matrix["encode"]()
+    parameter = None if learned is None else learned.detach().expand(amax.shape)
+    of_block = spec.of_block(
+        p,
+        lambda: amax,
+        None if parameter is None else lambda: parameter,
+        None,
+        lambda name: of_matrix[name]().expand(amax.shape),
+    )
+    levels = spec.level_of_element(p, y, lambda name: blocks.expand(of_block[name]()))
+    if encode is not None:
+        x = stored_scale(p, amax, encode.expand(amax.shape))
+    elif "x" in of_block:
+        x = of_block["x"]()
+    else:
+        x = torch.ones_like(amax)
+    return levels, x.view(torch.float32), encode
 
 
 def _block_maxima(

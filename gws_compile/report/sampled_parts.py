@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..config import Config
-from ..numerics.blocks import Blocks, block_maximum, clamped, matrix_shape
+from ..numerics.blocks import Blocks, block_maximum
 from ..numerics.elements import ElementFormat
 from ..numerics.keys import key_words
 from ..numerics.primitives import TorchPrimitives
 from ..numerics.spec import SampleSpec
-from ..ops.eager import maximum_eager, sample_eager
+from ..ops.eager import sample_eager
+from ..ops.parts import weight_parts
 from ..runtime.clock import DrawState, clock_words
 from ..runtime.sampled_weights import SampledWeight
 from ..settings.schedule import Schedule
@@ -83,47 +84,28 @@ def parts(
     if state.fmt is not None:
         spec = replace(spec, fmt=state.fmt, scale=None)
     without_noise = replace(spec, noise="none")
-    value = whole_tensor(weight.value).to(weight.dtype)
-    count, rows, cols = whole = matrix_shape(value.shape, weight.batch_dims)
-    w = value.reshape(whole)
-    block = clamped(weight.settings.block, rows, cols)
-    side = block[0] if block[0] < rows else 1
-    # What parts of it cannot tell: the maxima of blocks as long as the weight, and of the matrix.
-    maxima = None
-    if spec.needs_matrix_maximum or block[0] == rows:
-        maxima = _maxima(w, spec, block, max(elements // cols, 1))
-    if parameter is not None and parameter.ndim:
-        parameter = parameter.detach().view(count, -(-rows // block[0]), -1)
+    w = whole_tensor(weight.value).to(weight.dtype)
     key = torch.tensor(key_words(state.config.seed, weight.name), dtype=torch.int32, device=w.device)
     clock = torch.tensor(state.clock, dtype=torch.int32, device=w.device)
-    height = max(elements // cols // side, 1) * side
-    depth = max(elements // (rows * cols), 1)
-    for first in range(0, count, depth):
-        for start in range(0, rows, height):
-            part = w[first : first + depth, start : start + height]
-            learned = parameter
-            if learned is not None and learned.ndim:
-                learned = learned[first : first + depth]
-                if block[0] < rows:
-                    learned = learned[:, start // side : -(-(start + height) // side)]
-            noisy = None
-            given = None if maxima is None else maxima[first : first + depth]
-            if weight.noisy:
-                noisy = sample_eager(
-                    part, spec, 1, block, key, clock, learned, whole=whole, offset=(first, start, 0), maxima=given
-                )
-            cast = sample_eager(part, without_noise, 1, block, learned=learned, maxima=given)
-            yield Part(part, cast, noisy, _largest(part, learned, without_noise, block, given))
-
-
-def _maxima(w: torch.Tensor, spec: SampleSpec, block: tuple[int, int], height: int) -> torch.Tensor:
-    """int32 bits of the maxima of the blocks, or of the matrices, of a whole weight, so many rows at a time."""
-    finite = spec.needs_matrix_maximum
-    sides = (0, 0) if finite else (0, block[1])
-    found = [
-        maximum_eager(w[:, start : start + height], 1, sides, finite=finite) for start in range(0, w.shape[1], height)
-    ]
-    return torch.stack(found).amax(0)
+    block = weight.settings.block
+    for part in weight_parts(w, spec, weight.batch_dims, block, parameter, elements):
+        noisy = None
+        if weight.noisy:
+            noisy = sample_eager(
+                part.w,
+                spec,
+                1,
+                part.block,
+                key,
+                clock,
+                part.learned,
+                whole=part.whole,
+                offset=(part.first, part.start, 0),
+                maxima=part.maxima,
+            )
+        cast = sample_eager(part.w, without_noise, 1, part.block, learned=part.learned, maxima=part.maxima)
+        largest = _largest(part.w, part.learned, without_noise, part.block, part.maxima)
+        yield Part(part.w, cast, noisy, largest)
 
 
 def _largest(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..passes import Weight
 from ..settings.weight_settings import WeightSettings
 from ..weight_names import first_free
 from .weight_slots import Slot
@@ -47,16 +48,22 @@ def unique_names(slots: Iterable[Slot]) -> dict[Slot, str]:
     return names
 
 
+def sampling_of(slot: Slot) -> Weight | None:
+    """What a graph that samples a weight knows of it: one that trains it, if there is one; None where none does."""
+    sampled = [weight for weight in slot.graphs if weight.reason is None]
+    if not sampled:
+        return slot.prepared
+    # In evaluation there is no noise; what a weight is, its training says.
+    return next((one for one in reversed(sampled) if one.noisy), sampled[-1])
+
+
 def sampled_weights(slots: Iterable[Slot]) -> Iterator[SampledWeight]:
-    """Every sampled weight that is alive, once, in the order of the slots."""
+    """Every sampled weight that is alive and that a graph was called with, once, in the order of the slots."""
     alive = [slot for slot in slots if slot.is_alive() and any(weight.reason is None for weight in slot.graphs)]
     names = unique_names(alive)
     for slot in alive:
-        value = slot.tensor()
-        if value is None or value.is_meta:
+        value, weight = slot.tensor(), sampling_of(slot)
+        if value is None or value.is_meta or weight is None:
             continue
-        sampled = [weight for weight in slot.graphs if weight.reason is None]
-        # In evaluation there is no noise; what a weight is, its training says.
-        weight = next((one for one in reversed(sampled) if one.noisy), sampled[-1])
         dims = weight.reads[0].batch_dims
         yield SampledWeight(names[slot], slot, value.detach(), weight.dtype, dims, weight.sampled_as, weight.noisy)

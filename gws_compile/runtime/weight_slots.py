@@ -42,6 +42,7 @@ class Slot:
         name: the unique name that it draws by; None as long as it does not.
         groups: the process groups over which its gradient is averaged, as far as the stack told.
         graphs: what each graph that was called with it knows of it.
+        prepared: what a graph that samples it would know of it, where `Backend.prepare` found that out.
         seen: what the last training forward saw; None before the first.
     """
 
@@ -56,6 +57,7 @@ class Slot:
     name: str | None = None
     groups: tuple[Any, ...] = ()
     graphs: list[Weight] = field(default_factory=list)
+    prepared: Weight | None = None
     seen: DrawState | None = None
 
     def tensor(self) -> torch.Tensor | None:

@@ -1,0 +1,202 @@
+"""A weight as its container stores it: codes, and the scales of training, copied and never computed again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..numerics.blocks import Block, block_counts, block_maximum, clamped
+from ..ops.eager import levels_eager, sample_eager
+from ..ops.parts import weight_parts
+from .collect import DeployedWeight
+from .containers import Container
+
+PART_ELEMENTS = 2**18
+"""Elements that are cast together: their intermediate values stay in a core's cache."""
+
+SMALLEST_E4M3, LARGEST_E4M3 = 2.0**-9, 448.0
+
+SUFFIXES = {"codes": "", "packed": "_packed", "scale": "_scale", "global_scale": "_global_scale", "shape": "_shape"}
+"""What is stored of a weight -> what stands behind its name for it, as compressed-tensors has it."""
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedWeight:
+    """A whole weight, encoded.
+
+    Attributes:
+        codes: as the codec packs them, (matrices * rows, packed columns).
+        scales: float32, X of each block of training over 2**shift, (matrices, block rows, block columns); S_b for
+            NVFP4's two levels.
+        encode: float32 (matrices,), S_enc of NVFP4's two levels; None for other scales.
+        cast: what the compiled model uses, (matrices * rows, columns), in the dtype in which it is read.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    encode: torch.Tensor | None
+    cast: torch.Tensor
+
+
+def cast_weight(w: torch.Tensor, weight: DeployedWeight) -> torch.Tensor:
+    """What the compiled model uses of a weight under ``no_grad``: shape of ``w``, in the dtype in which it is read.
+
+    Args:
+        w: the whole weight, as the model holds it.
+        weight: how it is cast.
+    """
+    w = w.detach().to(weight.spec.dtype)
+    parts = [
+        sample_eager(part.w, weight.spec, 1, part.block, learned=part.learned, maxima=part.maxima).view(-1)
+        for part in weight_parts(
+            w, weight.spec, weight.batch_dims, weight.settings.block, weight.parameter, PART_ELEMENTS
+        )
+    ]
+    return torch.cat(parts).view(w.shape) if parts else w.clone()
+
+
+def block_scales(w: torch.Tensor, weight: DeployedWeight) -> torch.Tensor:
+    """float32: X of each block that is not all zero."""
+    found = []
+    w = w.detach().to(weight.spec.dtype)
+    for part in weight_parts(w, weight.spec, weight.batch_dims, weight.settings.block, weight.parameter, PART_ELEMENTS):
+        levels, x, _ = levels_eager(part.w, weight.spec, part.block, part.learned, maxima=part.maxima)
+        found.append(x.expand(block_maximum(levels, part.block).shape)[block_maximum(levels, part.block) > 0])
+    return torch.cat(found)
+
+
+def encode_weight(w: torch.Tensor, weight: DeployedWeight, container: Container, shift: int) -> EncodedWeight:
+    """Encode a weight.
+
+    Args:
+        w: the whole weight, as the model holds it.
+        weight: how it is cast.
+        container: which holds it.
+        shift: of `Container.shift`.
+    """
+    w = w.detach().to(weight.spec.dtype)
+    matrices, rows, cols = weight.shape
+    scales = torch.empty(
+        matrices, *block_counts(weight.settings.block, rows, cols), dtype=torch.float32, device=w.device
+    )
+    codes, casts, encode = [], [], None
+    if weight.spec.needs_matrix_maximum:
+        encode = torch.empty(matrices, dtype=torch.float32, device=w.device)
+    for part in weight_parts(w, weight.spec, weight.batch_dims, weight.settings.block, weight.parameter, PART_ELEMENTS):
+        casts.append(sample_eager(part.w, weight.spec, 1, part.block, learned=part.learned, maxima=part.maxima))
+        levels, x, of_matrix = levels_eager(part.w, weight.spec, part.block, part.learned, maxima=part.maxima)
+        codes.append(container.codec.pack((levels * 2.0**shift).reshape(-1, cols)))
+        count, height = part.w.shape[:2]
+        first_block = part.start // part.block[0]
+        here = scales[part.first : part.first + count, first_block : first_block - (-height // part.block[0])]
+        here.copy_(x.expand(here.shape) * 2.0**-shift)
+        if encode is not None and of_matrix is not None:
+            encode[part.first : part.first + count] = of_matrix.view(-1)
+    cast = torch.cat([one.reshape(-1, cols) for one in casts])
+    return EncodedWeight(torch.cat(codes), scales, encode, cast)
+
+
+def stored_tensors(
+    encoded: EncodedWeight,
+    weight: DeployedWeight,
+    container: Container,
+    rows: torch.Tensor | None,
+    divisor: float | None,
+) -> dict[str, torch.Tensor]:
+    """What is stored of some rows of a weight, by the keys of `SUFFIXES`.
+
+    Args:
+        encoded: the whole weight.
+        weight: how it is cast.
+        container: which holds it.
+        rows: int64, numbers of rows among those of all matrices; all of them when None.
+        divisor: what NVFP4's stored scales are divided by, for power-of-two scales; None for others.
+    """
+    matrices, height, cols = weight.shape
+    group = container.group_of(weight.settings.block, height, cols)
+    codes = encoded.codes if rows is None else encoded.codes[rows]
+    whole = rows is None
+    if rows is None:
+        rows, matrix = torch.arange(height), torch.arange(matrices)[:, None, None]
+    else:
+        matrix = (rows // height)[:1] if group[0] != 1 else (rows // height)[:, None]
+        rows = rows % height
+    scales = _of_groups(encoded.scales, matrix, rows, weight, group).contiguous()
+    stored = {"packed" if container.codec.packed else "codes": codes.contiguous()}
+    if container.scale == "e8m0":
+        # A block of zeros may have any scale: one of them lies below what a byte can say.
+        exponent = ((scales.view(torch.int32) >> 23) & 255).clamp(1, 254)
+        stored["scale"] = exponent.to(torch.uint8)
+    elif container.scale == "e4m3":
+        if divisor is None:
+            assert encoded.encode is not None
+            stored["scale"] = scales.to(torch.float8_e4m3fn)
+            stored["global_scale"] = encoded.encode if whole else encoded.encode[matrix.flatten()[:1]]
+        else:
+            stored["scale"] = (scales * divisor).clamp(SMALLEST_E4M3, LARGEST_E4M3).to(torch.float8_e4m3fn)
+            stored["global_scale"] = torch.full((matrices if whole else 1,), divisor, dtype=torch.float32)
+    else:
+        stored["scale"] = scales.view(-1) if group == (None, None) else scales
+    if container.format == "pack-quantized":
+        stored["shape"] = torch.tensor([len(codes), cols], dtype=torch.int64)
+    return stored
+
+
+def _of_groups(
+    scales: torch.Tensor, matrix: torch.Tensor, rows: torch.Tensor, weight: DeployedWeight, group: Block
+) -> torch.Tensor:
+    """The scales of a file's groups, (group rows, group columns), from those of the blocks of training.
+
+    Args:
+        scales: (matrices, block rows, block columns).
+        matrix: which of the matrices, of such a shape that it goes with (rows, 1).
+        rows: of a matrix.
+        weight: how it was trained.
+        group: rows and columns that share a stored scale.
+    """
+    _, height, cols = weight.shape
+    block, sides = clamped(weight.settings.block, height, cols), clamped(group, height, cols)
+    row = rows[:: len(rows) if group[0] is None else sides[0]] // block[0]
+    columns = torch.arange(0, cols, sides[1]) // block[1]
+    found = scales[matrix, row[:, None], columns]
+    return found.flatten(0, 1) if found.ndim == 3 else found
+
+
+def decode(
+    stored: Mapping[str, torch.Tensor], container: Container, group: Block, shape: Sequence[int]
+) -> torch.Tensor:
+    """What a file says of a weight: float32 of this shape, each product of a level and its scale rounded once.
+
+    Args:
+        stored: by the keys of `SUFFIXES`.
+        container: which holds it.
+        group: rows and columns that share a stored scale, see `Container.group_of`.
+        shape: (rows, columns), or with matrices in front.
+    """
+    *_, rows, cols = shape
+    levels = container.codec.unpack(stored["packed" if container.codec.packed else "codes"], cols)
+    levels = levels.view(-1, rows, cols)
+    sides = clamped(group, rows, cols)
+    scale = stored["scale"].view(len(levels), -(-rows // sides[0]), -(-cols // sides[1]))
+    if container.scale == "e8m0":
+        scale = torch.exp2(scale.to(torch.float64) - 127).to(torch.float32)
+    elif container.scale == "e4m3":
+        scale = scale.to(torch.float32) / stored["global_scale"].view(-1, 1, 1)
+    for dim, (side, size) in enumerate(zip(sides, (rows, cols), strict=True), start=1):
+        if scale.shape[dim] not in (1, size):
+            scale = scale.repeat_interleave(side, dim).narrow(dim, 0, size)
+    return levels.mul_(scale).view(tuple(shape))
+
+
+def digest(values: torch.Tensor, *, signed_zero: bool = True) -> bytes:
+    """What tells two tensors apart, bit for bit; -0 and 0 alike where the sign of zero is not kept."""
+    values = values.detach().cpu().contiguous()
+    if not signed_zero and values.is_floating_point():
+        values = values + 0.0  # -0 + 0 is 0
+    state = hashlib.blake2b(str((values.dtype, tuple(values.shape))).encode())
+    if values.numel():
+        state.update(values.reshape(-1).view(torch.uint8).numpy().data)
+    return state.digest()

@@ -1,0 +1,99 @@
+"""The file that says what a folder holds, and `load_export`, which reads it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from .containers import CONTAINERS
+from .encode import SUFFIXES, decode
+from .export_report import ExportReport
+from .plan import PlannedEntry, stored_shapes
+
+MANIFEST = "gws_export.json"
+_VERSION = 1
+
+
+def manifest_of(
+    planned: Sequence[PlannedEntry], ties: Mapping[str, str], report: ExportReport, version: str
+) -> dict[str, Any]:
+    """What is written beside the weights: how each is stored, and the report.
+
+    Args:
+        planned: the entries.
+        ties: names of tied tensors, by the names under which they are stored.
+        report: of the export.
+        version: of this package.
+    """
+    packed = {}
+    for one in planned:
+        weight, container = one.entry.weight, one.container
+        if container is None or weight is None:
+            continue
+        packed[one.entry.name] = {
+            "container": container.name,
+            "shape": list(one.entry.shape),
+            "dtype": str(weight.spec.dtype).removeprefix("torch."),
+            "group": list(container.group_of(weight.settings.block, *weight.shape[1:])),
+            "tensors": {
+                key: one.entry.name + SUFFIXES[key] for key in stored_shapes(one, one.entry.source.tensor.dtype)
+            },
+        }
+    return {
+        "version": _VERSION,
+        "gws_compile": version,
+        "packed": packed,
+        "tied": dict(ties),
+        "report": report.to_dict(),
+    }
+
+
+def load_export(path: str | Path, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """Read a folder of `Backend.export` back into a state dict.
+
+    Args:
+        path: of the folder.
+        dtype: of all floating-point tensors; when None each has the one in which it was trained, where the values are
+            those of the compiled model, bit for bit.
+
+    Returns:
+        Name -> tensor, on the CPU: of an `nn.Module` what its ``load_state_dict`` takes, of a Hugging Face model the
+        tensors of a dense checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it is none of an export.
+        ValueError: it was written by a newer version, or is not complete.
+    """
+    folder = Path(path)
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(f"{folder / MANIFEST}: there is none, so {folder} is no folder of Backend.export()")
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if manifest.get("version") != _VERSION:
+        raise ValueError(
+            f"{folder / MANIFEST} has version {manifest.get('version')!r}, and this gws_compile reads {_VERSION}"
+        )
+    files = sorted(folder.glob("*.safetensors"))
+    state: dict[str, torch.Tensor] = {}
+    parts = {name for packed in manifest["packed"].values() for name in packed["tensors"].values()}
+    stored: dict[str, torch.Tensor] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                (stored if name in parts else state)[name] = opened.get_tensor(name)
+    if missing := sorted(parts - stored.keys()):
+        raise ValueError(f"{folder} is not complete: {', '.join(missing[:4])} missing")
+    for name, packed in manifest["packed"].items():
+        tensors = {key: stored.pop(of) for key, of in packed["tensors"].items()}
+        group = tuple(packed["group"])
+        decoded = decode(tensors, CONTAINERS[packed["container"]], (group[0], group[1]), packed["shape"])
+        state[name] = decoded.to(getattr(torch, packed["dtype"]))
+    for name, of in manifest["tied"].items():
+        state[name] = state[of]
+    if dtype is not None:
+        state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+    return state
