@@ -80,7 +80,7 @@ def _pack_integers(levels: torch.Tensor, bits: int) -> torch.Tensor:
 
 def _unpack_integers(stored: torch.Tensor, cols: int, bits: int) -> torch.Tensor:
     codes = [(stored >> (bits * place)) & (2**bits - 1) for place in range(32 // bits)]
-    levels = torch.stack(codes, dim=-1).view(stored.shape[0], -1)[:, :cols] - 2 ** (bits - 1)
+    levels: torch.Tensor = torch.stack(codes, dim=-1).view(stored.shape[0], -1)[:, :cols] - (1 << (bits - 1))
     return levels.to(torch.float32)
 
 

@@ -19,9 +19,6 @@ PART_ELEMENTS = 2**18
 
 SMALLEST_E4M3, LARGEST_E4M3 = 2.0**-9, 448.0
 
-SUFFIXES = {"codes": "", "packed": "_packed", "scale": "_scale", "global_scale": "_global_scale", "shape": "_shape"}
-"""What is stored of a weight -> what stands behind its name for it, as compressed-tensors has it."""
-
 
 @dataclass(frozen=True, eq=False)
 class EncodedWeight:
@@ -106,7 +103,7 @@ def stored_tensors(
     rows: torch.Tensor | None,
     divisor: float | None,
 ) -> dict[str, torch.Tensor]:
-    """What is stored of some rows of a weight, by the keys of `SUFFIXES`.
+    """What is stored of some rows of a weight, by the keys of `gws_compile.deploy.layouts.SUFFIXES`.
 
     Args:
         encoded: the whole weight.
@@ -171,7 +168,7 @@ def decode(
     """What a file says of a weight: float32 of this shape, each product of a level and its scale rounded once.
 
     Args:
-        stored: by the keys of `SUFFIXES`.
+        stored: by the keys of `gws_compile.deploy.layouts.SUFFIXES`.
         container: which holds it.
         group: rows and columns that share a stored scale, see `Container.group_of`.
         shape: (rows, columns), or with matrices in front.

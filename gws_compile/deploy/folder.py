@@ -19,17 +19,22 @@ _QUIET_SECONDS = 5
 """A write that is shorter shows no progress bar."""
 
 
-def check_path(path: Path) -> None:
+def check_path(path: Path, *, file: bool = False) -> None:
     """Hold a place to write to.
+
+    Args:
+        path: of a folder.
+        file: it is that of a file.
 
     Raises:
         FileExistsError: there is something already. FileNotFoundError: it would lie in no folder.
     """
-    if path.is_dir() and not any(path.iterdir()):
+    if path.is_dir() and not file and not any(path.iterdir()):
         return
     if path.exists() or path.is_symlink():
-        kind = "is there and is not empty" if path.is_dir() else "is a file"
-        raise FileExistsError(f"{path} {kind}: give export() a folder that does not exist yet, or remove this one")
+        kind = "is a file" if not path.is_dir() else "is a folder" if file else "is there and is not empty"
+        wanted = "the name of a file" if file else "a folder"
+        raise FileExistsError(f"{path} {kind}: give export() {wanted} that does not exist yet, or remove this one")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"{path.absolute().parent}: there is no such folder to write {path.name} into")
 
@@ -51,6 +56,16 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to write, beside its place, as `whole_or_nothing` has it for a folder."""
+    place = path.absolute()
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}.partial-", dir=place.parent) as folder:
+        partial = Path(folder) / place.name
+        yield partial
+        partial.replace(place)
 
 
 @dataclass(frozen=True)
@@ -95,6 +110,7 @@ def write_shards(
     groups: Sequence[Sequence[StoredTensor]],
     made: Iterable[Mapping[str, torch.Tensor]],
     check: Callable[[int, Callable[[str], torch.Tensor]], None],
+    metadata: Callable[[], dict[str, str]],
     *,
     largest: int,
 ) -> tuple[str, ...]:
@@ -105,6 +121,7 @@ def write_shards(
         groups: what comes together, in the order of ``made``.
         made: the tensors of each group by name.
         check: called with a group's number and what reads one of its tensors from the file that was written.
+        metadata: of a file whose groups have been made.
         largest: bytes of a file, where a group has not more.
 
     Returns:
@@ -122,7 +139,7 @@ def write_shards(
             for number in numbers:
                 tensors.update(next(made))
                 bar.update(sum(tensor.bytes for tensor in groups[number]))
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            save_file(tensors, folder / file, metadata=metadata())
             (folder / file).chmod(0o644)  # as the files beside it
             tensors.clear()
             with safe_open(folder / file, framework="pt") as written:

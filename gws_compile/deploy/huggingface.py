@@ -176,7 +176,7 @@ def ignored(model: nn.Module, planned: Sequence[PlannedEntry]) -> list[str]:
         weight = getattr(module, "weight", None)
         if not isinstance(weight, torch.Tensor) or weight.ndim < 2 or isinstance(module, nn.Embedding):
             continue
-        if id(weight) not in packed:
+        if id(weight) not in packed and (id(weight) in names or _is_head(model, module)):
             name = names.get(id(weight), "") if not _is_head(model, module) else ""
             found.append((name or f"{path.replace('.base_layer', '')}.weight").removesuffix(".weight"))
     return found

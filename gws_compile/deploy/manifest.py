@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,24 +12,25 @@ import torch
 from safetensors import safe_open
 
 from .containers import CONTAINERS
-from .encode import SUFFIXES, decode
+from .encode import decode
 from .export_report import ExportReport
-from .plan import PlannedEntry, stored_shapes
+from .layouts import Layout
+from .plan import PlannedEntry
 
 MANIFEST = "gws_export.json"
 _VERSION = 1
 
 
 def manifest_of(
-    planned: Sequence[PlannedEntry], ties: Mapping[str, str], report: ExportReport, version: str
+    planned: Sequence[PlannedEntry], layout: Layout, ties: Mapping[str, str], report: ExportReport
 ) -> dict[str, Any]:
     """What is written beside the weights: how each is stored, and the report.
 
     Args:
         planned: the entries.
+        layout: what their tensors are called.
         ties: names of tied tensors, by the names under which they are stored.
         report: of the export.
-        version: of this package.
     """
     packed = {}
     for one in planned:
@@ -40,13 +42,11 @@ def manifest_of(
             "shape": list(one.entry.shape),
             "dtype": str(weight.spec.dtype).removeprefix("torch."),
             "group": list(container.group_of(weight.settings.block, *weight.shape[1:])),
-            "tensors": {
-                key: one.entry.name + SUFFIXES[key] for key in stored_shapes(one, one.entry.source.tensor.dtype)
-            },
+            "tensors": {key: tensor.name for key, tensor in layout.tensors(one).items()},
         }
     return {
         "version": _VERSION,
-        "gws_compile": version,
+        "gws_compile": importlib.metadata.version("gws-compile"),
         "packed": packed,
         "tied": dict(ties),
         "report": report.to_dict(),

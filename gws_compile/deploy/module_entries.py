@@ -46,7 +46,8 @@ def is_raw(tensor: DeployedTensor, tensors: Sequence[DeployedTensor]) -> bool:
     if tensor.is_table or len(others) == len([one for one in tensors if one.tensor is tensor.tensor]):
         raise ValueError(
             f"{tensor.name} is an embedding table, which is looked up as it is, and multiplied by as "
-            f"{tensor.weight.text}: one tensor cannot hold both. Exclude it from the rewrite, or give the output head a name of its own"
+            f"{tensor.weight.text}: one tensor cannot hold both. Exclude it, or give the "
+            "output head a name of its own"
         )
     return False
 

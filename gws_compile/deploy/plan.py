@@ -59,27 +59,28 @@ class PlannedEntry:
     reason: str = ""
 
 
-def plan(entries: Sequence[Entry], fmt: str | None) -> list[PlannedEntry]:
+def plan(entries: Sequence[Entry], fmt: str | None, among: Sequence[str] = ()) -> list[PlannedEntry]:
     """Choose a container for each entry.
 
     Args:
         entries: of the checkpoint.
         fmt: a name in `CONTAINERS`; ``"dense"``; or None for the one that each weight was trained for.
+        among: the containers that there are; all when empty.
 
     Raises:
         ValueError: a weight does not fit into the container that was asked for, or none can be packed.
     """
-    planned = [_planned(entry, fmt) for entry in entries]
+    planned = [_planned(entry, fmt, among or tuple(CONTAINERS)) for entry in entries]
     if fmt != "dense" and not any(one.container for one in planned):
         reasons = list(dict.fromkeys(f"{one.entry.name}: {one.reason}" for one in planned if one.reason))
         text = f"no weight can be packed, so nothing low-bit comes out: {'; '.join(reasons[:4])}"
-        if fmt is not None:
+        if fmt is not None or among:
             raise ValueError(f'{text}. format="dense" writes the cast weights in their own dtype')
         warnings.warn(f"{text}. The cast weights are written in their own dtype", GwsWarning, stacklevel=4)
     return planned
 
 
-def _planned(entry: Entry, fmt: str | None) -> PlannedEntry:
+def _planned(entry: Entry, fmt: str | None, among: Sequence[str]) -> PlannedEntry:
     weight = entry.weight
     if weight is None:
         return PlannedEntry(entry)
@@ -94,7 +95,7 @@ def _planned(entry: Entry, fmt: str | None) -> PlannedEntry:
             raise ValueError(f"{entry.name}, trained in {_trained(weight)}: {problem}. {_remedy(entry, weight, fmt)}")
         return _in(entry, weight, container)
     wanted = OF_PRESET.get(weight.settings.preset) if weight.settings.learned is None else None
-    candidates = [CONTAINERS[wanted]] if wanted is not None else list(CONTAINERS.values())
+    candidates = [CONTAINERS[name] for name in ((wanted,) if wanted is not None and wanted in among else among)]
     fitting = [one for one in candidates if _problem(entry, weight, one) is None]
     if not fitting:
         return PlannedEntry(entry, reason=_why_none(entry, weight, candidates))

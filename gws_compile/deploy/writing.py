@@ -10,9 +10,10 @@ import torch
 
 from .collect import DeployedTensor, DeployedWeight
 from .containers import Container
-from .encode import SUFFIXES, EncodedWeight, block_scales, cast_weight, decode, digest, encode_weight, stored_tensors
-from .folder import StoredTensor, write_shards
-from .plan import PlannedEntry, stored_shapes
+from .encode import EncodedWeight, block_scales, cast_weight, digest, encode_weight, stored_tensors
+from .folder import write_shards
+from .layouts import Layout
+from .plan import PlannedEntry
 from .ranks import Ranks
 
 SHARD_BYTES = 2 * 2**30
@@ -48,20 +49,14 @@ def groups_of(planned: Sequence[PlannedEntry]) -> list[Group]:
     return [Group(entries[0].entry.source, tuple(entries)) for entries in by_source.values()]
 
 
-def stored_of(planned: PlannedEntry) -> dict[str, StoredTensor]:
-    """The tensors of an entry, by the keys of `SUFFIXES`."""
-    shapes = stored_shapes(planned, planned.entry.source.tensor.dtype)
-    return {
-        key: StoredTensor(planned.entry.name + SUFFIXES[key], shape, dtype) for key, (shape, dtype) in shapes.items()
-    }
-
-
 class Writer:
     """Writes groups of entries into files of safetensors, and decodes them again.
 
     Args:
         planned: the entries.
+        layout: what tensors are called.
         ranks: which rank writes.
+        beside: tensors that are gathered behind all others, for what is written beside the files.
         family_of: entries of equal families share NVFP4's divisor, where the model as a whole cannot have one.
         shard_bytes: see `SHARD_BYTES`.
     """
@@ -69,21 +64,26 @@ class Writer:
     def __init__(
         self,
         planned: Sequence[PlannedEntry],
+        layout: Layout,
         ranks: Ranks,
         family_of: Callable[[str], str],
+        beside: Sequence[torch.Tensor] = (),
         *,
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
         self.groups = groups_of(planned)
+        self._layout = layout
         self._ranks = ranks
         self._family_of = family_of
+        self._beside = beside
+        self._values: Iterator[torch.Tensor] = iter(())
         self._shard_bytes = shard_bytes
         self._digests: dict[str, bytes] = {}
         self.divisors: dict[str, float] = {}
 
     def gathers(self) -> list[torch.Tensor]:
         """The tensors that ranks gather together, in their order."""
-        return [group.source.tensor for group in (*self._divided(), *self.groups)]
+        return [*(group.source.tensor for group in (*self._divided(), *self.groups)), *self._beside]
 
     def _divided(self) -> list[Group]:
         """The groups whose scales NVFP4's container has yet to divide: powers of two."""
@@ -106,15 +106,20 @@ class Writer:
         Returns:
             Their names.
         """
-        values = self._ranks.gathered(self.gathers())
+        self._values = values = self._ranks.gathered(self.gathers())
         self._find_divisors(values)
         return write_shards(
             folder,
-            [[one for entry in group.entries for one in stored_of(entry).values()] for group in self.groups],
+            [[one for entry in group.entries for one in self._layout.tensors(entry).values()] for group in self.groups],
             (self._made(group, next(values)) for group in self.groups),
             self._check,
+            self._layout.metadata,
             largest=self._shard_bytes,
         )
+
+    def beside(self) -> list[torch.Tensor]:
+        """The tensors that are gathered behind those of the files, after `write`."""
+        return list(self._values)
 
     def _find_divisors(self, values: Iterator[torch.Tensor]) -> None:
         """NVFP4's divisors: engines take one for fused layers, so that it is one for the model, or for a family."""
@@ -159,6 +164,7 @@ class Writer:
                 # A tensor of the file is no view of another, nor of the model.
                 made[entry.name] = dense.clone() if dense.data_ptr() == value.data_ptr() else dense
                 self._digests[entry.name] = digest(dense)
+                self._layout.note_dense(entry.name)
                 continue
             key = (one.container.name, one.shift)
             if key not in encoded:
@@ -169,19 +175,17 @@ class Writer:
             self._digests[entry.name] = digest(
                 expected.reshape(entry.shape), signed_zero=one.container.codec.signed_zero
             )
-            made.update({entry.name + SUFFIXES[name]: tensor for name, tensor in stored.items()})
+            made.update(self._layout.store(one, stored))
         return made
 
     def _check(self, number: int, read: Callable[[str], torch.Tensor]) -> None:
         """Decode what was written, and hold it to what the compiled model uses."""
         for one in self.groups[number].entries:
             entry, container = one.entry, one.container
-            stored = {key: read(tensor.name) for key, tensor in stored_of(one).items()}
             if container is None or entry.weight is None:
-                same = digest(stored["codes"]) == self._digests.pop(entry.name)
+                same = digest(read(entry.name)) == self._digests.pop(entry.name)
             else:
-                group = container.group_of(entry.weight.settings.block, *entry.weight.shape[1:])
-                decoded = decode(stored, container, group, entry.shape).to(entry.weight.spec.dtype)
+                decoded = self._layout.decode(one, container, read).to(entry.weight.spec.dtype)
                 same = digest(decoded, signed_zero=container.codec.signed_zero) == self._digests.pop(entry.name)
             if not same:
                 raise ValueError(
