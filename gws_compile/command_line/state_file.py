@@ -11,7 +11,8 @@ import torch
 
 from ..compiler.backend import Backend
 
-_KEY = "gws_run_backends"
+KEY = "gws_run_backends"
+"""Under which the file has the states."""
 
 
 class StateFile:
@@ -61,7 +62,7 @@ class StateFile:
         rest = self._states[len(states) :]  # of backends that this run has not come to
         beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
-            torch.save({_KEY: [*states, *rest]}, beside)
+            torch.save({KEY: [*states, *rest]}, beside)
             beside.replace(self.path)
         finally:
             beside.unlink(missing_ok=True)
@@ -76,7 +77,7 @@ def _read(path: Path) -> list[Any]:
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path} cannot be read as a state of gws run: {reason}") from None
-    states = content.get(_KEY) if isinstance(content, dict) else None
+    states = content.get(KEY) if isinstance(content, dict) else None
     if not isinstance(states, list):
         raise ValueError(f"{path} is no state of gws run: it was written by something else")
     return states

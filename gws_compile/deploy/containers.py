@@ -20,6 +20,9 @@ StoredScale = Literal["e8m0", "e4m3", "float32"]
 """``"e8m0"``: an exponent, as uint8; ``"e4m3"``: that of NVFP4, with a float32 divisor for the weight."""
 
 
+_SHIFTS = tuple(sorted(range(-16, 17), key=abs))
+
+
 @dataclass(frozen=True)
 class Container:
     """A way in which checkpoints hold a packed weight.
@@ -66,8 +69,16 @@ class Container:
             return None
         if not all(fmt.scaled for fmt in formats):
             return None
-        shifts = (0,) if scale == "nvfp4" else sorted(range(-16, 17), key=abs)
+        shifts = (0,) if scale == "nvfp4" else _SHIFTS
         return next((s for s in shifts if all(_holds(self.element, fmt, s) for fmt in formats)), None)
+
+    def cannot_hold(self, formats: Sequence[ElementFormat], scale: Scale) -> str:
+        """Why `shift` is None."""
+        held = {"e8m0": "powers of two", "e4m3": "powers of two or those of scale='nvfp4'", "float32": "float32"}
+        wide = [fmt.name for fmt in formats if not any(_holds(self.element, fmt, s) for s in _SHIFTS)]
+        if wide:
+            return f"{self.name} has codes of {self.element.name}, which do not hold {', '.join(wide)}"
+        return f"{self.name} has scales that are {held[self.scale]}, and these are of scale={scale!r}"
 
     def misfit(self, block: Block, rows: int, cols: int) -> str | None:
         """What of a weight's shape or blocks is in the way; None where it fits."""

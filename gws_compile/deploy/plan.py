@@ -111,7 +111,7 @@ def _in(entry: Entry, weight: DeployedWeight, container: Container) -> PlannedEn
 def _problem(entry: Entry, weight: DeployedWeight, container: Container) -> str | None:
     """Why a weight does not fit into a container; None where it does."""
     if container.shift(weight.formats, weight.settings.scale) is None:
-        return f"{container.name} cannot hold it"
+        return container.cannot_hold(weight.formats, weight.settings.scale)
     misfit = container.misfit(weight.settings.block, *weight.shape[1:])
     if misfit is not None:
         return misfit
@@ -146,10 +146,12 @@ def _preset_of(fmt: str) -> str:
     return next(preset for preset, container in OF_PRESET.items() if container == fmt)
 
 
-def _why_none(entry: Entry, weight: DeployedWeight, candidates: Iterable[Container]) -> str:
+def _why_none(entry: Entry, weight: DeployedWeight, candidates: Sequence[Container]) -> str:
     """Why no container holds a weight, shortly."""
     holding = [one for one in candidates if one.shift(weight.formats, weight.settings.scale) is not None]
     if not holding:
+        if len(candidates) == 1:
+            return candidates[0].cannot_hold(weight.formats, weight.settings.scale)
         text = "+".join(fmt.name for fmt in weight.formats)
         return f"no container holds {text} with scale={weight.settings.scale!r}"
     return "; ".join(dict.fromkeys(str(_problem(entry, weight, one)) for one in holding))
