@@ -99,6 +99,8 @@ def deployed_tensors(
         ValueError: no weight of the model is cast; or learned widths are not frozen; or one graph casts a weight that
             another one multiplies by as it is.
     """
+    # Before anything else: FSDP2 then puts shards in the place of what it has gathered.
+    state = model.state_dict(keep_vars=True)
     weights: dict[int, DeployedWeight] = {}
     reasons: dict[int, str] = {}
     for slot in slots:
@@ -110,7 +112,7 @@ def deployed_tensors(
             else:
                 reasons[id(tensor)] = _reason(slot, config)
     found = []
-    for key, value in model.state_dict(keep_vars=True).items():
+    for key, value in state.items():
         name = ".".join(part for part in key.split(".") if part not in WRAPPERS)
         if not isinstance(value, torch.Tensor):
             warnings.warn(f"{name} is no tensor and is left out of the export", GwsWarning, stacklevel=4)

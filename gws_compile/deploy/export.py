@@ -58,6 +58,7 @@ def export(
     ranks = Ranks.of((tensor.tensor for tensor in tensors), stage=stage)
     if ranks.writes:
         check_path(place, file=fmt == "gguf")
+    gguf = GgufFile(model, tokenizer) if fmt == "gguf" and is_pretrained_model(model) else None
     if is_pretrained_model(model):
         checkpoint: Checkpoint = HuggingFaceCheckpoint(model, tensors, fmt, tokenizer)
     else:
@@ -65,9 +66,8 @@ def export(
     if adapted is not None and adapted.tensors and fmt == "gguf":
         raise ValueError('format="gguf" is one file, without adapters: merge them first, with merge_adapter()')
     report = _report(place, checkpoint, tensors, adapted)
-    if fmt == "gguf":
-        assert isinstance(checkpoint, HuggingFaceCheckpoint)
-        return _export_gguf(place, model, checkpoint, tokenizer, ranks, report)
+    if gguf is not None:
+        return _export_gguf(place, gguf, checkpoint, ranks, report)
     beside = [] if adapted is None else [tensor.tensor for tensor in adapted.tensors.values()]
     writer = Writer(checkpoint.planned, checkpoint.layout, ranks, checkpoint.family_of, beside, shard_bytes=shard_bytes)
 
@@ -87,9 +87,8 @@ def export(
 
 
 def _export_gguf(
-    place: Path, model: Any, checkpoint: HuggingFaceCheckpoint, tokenizer: Any, ranks: Ranks, report: ExportReport
+    place: Path, file: GgufFile, checkpoint: Checkpoint, ranks: Ranks, report: ExportReport
 ) -> ExportReport:
-    file = GgufFile(model, tokenizer)
     file.check(checkpoint.planned)
     gathers = [one.entry.source.tensor for one in checkpoint.planned]
 

@@ -180,7 +180,7 @@ CASES = {
     "mxfp4": Case(llama, {"fmt": "mxfp4"}),
     "mxfp6": Case(llama, {"fmt": "mxfp6"}),
     "nvfp4_powers": Case(llama, {"fmt": "fp4_e2m1", "block": (16, 16)}, format="nvfp4"),
-    "nvfp4": Case(llama, {"fmt": "nvfp4"}, rounded="bfloat16"),
+    "nvfp4": Case(llama, {"fmt": "nvfp4"}, rounded="bfloat16", dtypes=("float32", "bfloat16")),
     "fp8_channel": Case(llama, {"fmt": "fp8_channel"}),
     "fp8_tensor": Case(llama, {"fmt": "fp8_tensor"}),
     "fp8_block": Case(llama, {"fmt": "fp8_block"}),
