@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,13 +29,16 @@ class EncodedWeight:
         scales: float32, X of each block of training over 2**shift, (matrices, block rows, block columns); S_b for
             NVFP4's two levels.
         encode: float32 (matrices,), S_enc of NVFP4's two levels; None for other scales.
-        cast: what the compiled model uses, (matrices * rows, columns), in the dtype in which it is read.
+        cast: what the compiled model uses, (matrices * rows, columns), in the dtype in which it is read; None where it
+            was not to be kept.
+        digest: of the cast.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
     encode: torch.Tensor | None
-    cast: torch.Tensor
+    cast: torch.Tensor | None
+    digest: int
 
 
 def cast_weight(w: torch.Tensor, weight: DeployedWeight) -> torch.Tensor:
@@ -60,12 +63,14 @@ def block_scales(w: torch.Tensor, weight: DeployedWeight) -> torch.Tensor:
     found = []
     w = w.detach().to(weight.spec.dtype)
     for part in weight_parts(w, weight.spec, weight.batch_dims, weight.settings.block, weight.parameter, PART_ELEMENTS):
-        levels, x, _ = levels_eager(part.w, weight.spec, part.block, part.learned, maxima=part.maxima)
+        _, levels, x, _ = levels_eager(part.w, weight.spec, part.block, part.learned, maxima=part.maxima)
         found.append(x.expand(block_maximum(levels, part.block).shape)[block_maximum(levels, part.block) > 0])
     return torch.cat(found)
 
 
-def encode_weight(w: torch.Tensor, weight: DeployedWeight, container: Container, shift: int) -> EncodedWeight:
+def encode_weight(
+    w: torch.Tensor, weight: DeployedWeight, container: Container, shift: int, *, keep_cast: bool = False
+) -> EncodedWeight:
     """Encode a weight.
 
     Args:
@@ -73,27 +78,29 @@ def encode_weight(w: torch.Tensor, weight: DeployedWeight, container: Container,
         weight: how it is cast.
         container: which holds it.
         shift: of `Container.shift`.
+        keep_cast: keep the cast weight too, of which some rows are stored apart.
     """
     w = w.detach().to(weight.spec.dtype)
     matrices, rows, cols = weight.shape
-    scales = torch.empty(
-        matrices, *block_counts(weight.settings.block, rows, cols), dtype=torch.float32, device=w.device
-    )
-    codes, casts, encode = [], [], None
-    if weight.spec.needs_matrix_maximum:
-        encode = torch.empty(matrices, dtype=torch.float32, device=w.device)
-    for part in weight_parts(w, weight.spec, weight.batch_dims, weight.settings.block, weight.parameter, PART_ELEMENTS):
-        casts.append(sample_eager(part.w, weight.spec, 1, part.block, learned=part.learned, maxima=part.maxima))
-        levels, x, of_matrix = levels_eager(part.w, weight.spec, part.block, part.learned, maxima=part.maxima)
-        codes.append(container.codec.pack((levels * 2.0**shift).reshape(-1, cols)))
+    block = weight.settings.block
+    scales = torch.empty(matrices, *block_counts(block, rows, cols), dtype=torch.float32)
+    encode = torch.empty(matrices, dtype=torch.float32) if weight.spec.needs_matrix_maximum else None
+    digest = Digest(w.dtype, signed_zero=container.codec.signed_zero)
+    codes: list[torch.Tensor] = []
+    casts: list[torch.Tensor] = []
+    for part in weight_parts(w, weight.spec, weight.batch_dims, block, weight.parameter, PART_ELEMENTS):
+        cast, levels, x, of_matrix = levels_eager(part.w, weight.spec, part.block, part.learned, maxima=part.maxima)
+        codes.append(container.codec.pack((levels if shift == 0 else levels * 2.0**shift).view(-1, cols)))
+        digest.update(cast)
+        if keep_cast:
+            casts.append(cast.reshape(-1, cols))
         count, height = part.w.shape[:2]
         first_block = part.start // part.block[0]
         here = scales[part.first : part.first + count, first_block : first_block - (-height // part.block[0])]
         here.copy_(x.expand(here.shape) * 2.0**-shift)
         if encode is not None and of_matrix is not None:
             encode[part.first : part.first + count] = of_matrix.view(-1)
-    cast = torch.cat([one.reshape(-1, cols) for one in casts])
-    return EncodedWeight(torch.cat(codes), scales, encode, cast)
+    return EncodedWeight(torch.cat(codes), scales, encode, torch.cat(casts) if keep_cast else None, digest.value())
 
 
 def stored_tensors(
@@ -162,38 +169,80 @@ def _of_groups(
     return found.flatten(0, 1) if found.ndim == 3 else found
 
 
-def decode(
+def decode_rows(
     stored: Mapping[str, torch.Tensor], container: Container, group: Block, shape: Sequence[int]
-) -> torch.Tensor:
-    """What a file says of a weight: float32 of this shape, each product of a level and its scale rounded once.
+) -> Iterator[torch.Tensor]:
+    """What a file says of a weight, some rows at a time: float32, each product of a level and its scale rounded once.
 
     Args:
         stored: by the keys of `gws_compile.deploy.layouts.SUFFIXES`.
         container: which holds it.
         group: rows and columns that share a stored scale, see `Container.group_of`.
         shape: (rows, columns), or with matrices in front.
+
+    Yields:
+        (rows of one matrix, columns), in their order.
     """
     *_, rows, cols = shape
-    levels = container.codec.unpack(stored["packed" if container.codec.packed else "codes"], cols)
-    levels = levels.view(-1, rows, cols)
+    codes = stored["packed" if container.codec.packed else "codes"]
+    codes = codes.view(-1, rows, codes.shape[-1])
     sides = clamped(group, rows, cols)
-    scale = stored["scale"].view(len(levels), -(-rows // sides[0]), -(-cols // sides[1]))
+    scales = stored["scale"].view(len(codes), -(-rows // sides[0]), -(-cols // sides[1]))
     if container.scale == "e8m0":
-        scale = torch.exp2(scale.to(torch.float64) - 127).to(torch.float32)
+        scales = (scales.to(torch.int32) << 23).view(torch.float32)  # a code of 0 would be 2**-127: none is written
     elif container.scale == "e4m3":
-        scale = scale.to(torch.float32) / stored["global_scale"].view(-1, 1, 1)
-    for dim, (side, size) in enumerate(zip(sides, (rows, cols), strict=True), start=1):
-        if scale.shape[dim] not in (1, size):
-            scale = scale.repeat_interleave(side, dim).narrow(dim, 0, size)
-    return levels.mul_(scale).view(tuple(shape))
+        scales = scales.to(torch.float32) / stored["global_scale"].view(-1, 1, 1)
+    height = max(PART_ELEMENTS // max(cols, 1) // sides[0], 1) * sides[0]
+    whole = cols // sides[1] * sides[1]
+    for matrix, of_matrix in zip(codes, scales, strict=True):
+        for start in range(0, rows, height):
+            levels = container.codec.unpack(matrix[start : start + height], cols)
+            scale = of_matrix[start // sides[0] : -(-(start + len(levels)) // sides[0])]
+            if sides[0] > 1:
+                scale = scale.repeat_interleave(sides[0], 0)[: len(levels)]
+            if whole:
+                head = levels[:, :whole].view(len(levels), -1, sides[1])
+                head.mul_(scale[:, : whole // sides[1], None])
+            if whole < cols:
+                levels[:, whole:].mul_(scale[:, -1:])
+            yield levels
 
 
-def digest(values: torch.Tensor, *, signed_zero: bool = True) -> bytes:
-    """What tells two tensors apart, bit for bit; -0 and 0 alike where the sign of zero is not kept."""
-    values = values.detach().cpu().contiguous()
-    if not signed_zero and values.is_floating_point():
-        values = values + 0.0  # -0 + 0 is 0
-    state = hashlib.blake2b(str((values.dtype, tuple(values.shape))).encode())
-    if values.numel():
-        state.update(values.reshape(-1).view(torch.uint8).numpy().data)
-    return state.digest()
+def decode(
+    stored: Mapping[str, torch.Tensor], container: Container, group: Block, shape: Sequence[int]
+) -> torch.Tensor:
+    """The whole of `decode_rows`, of this shape."""
+    parts = list(decode_rows(stored, container, group, shape))
+    return torch.cat(parts).view(tuple(shape)) if parts else torch.empty(tuple(shape), dtype=torch.float32)
+
+
+class Digest:
+    """A CRC-32 of a tensor's bytes, value by value in their order: several times as fast as a cryptographic hash.
+
+    Args:
+        dtype: of the values.
+        signed_zero: whether -0 is told from 0.
+    """
+
+    def __init__(self, dtype: torch.dtype, *, signed_zero: bool = True) -> None:
+        self._dtype, self._signed_zero = dtype, signed_zero
+        self._state = 0
+
+    def update(self, values: torch.Tensor) -> None:
+        """Take in the next values."""
+        values = values.detach().to(device="cpu", dtype=self._dtype)
+        if not self._signed_zero and values.is_floating_point():
+            values = values + 0.0  # -0 + 0 is 0
+        if values.numel():
+            self._state = zlib.crc32(values.reshape(-1).view(torch.uint8).numpy().data, self._state)
+
+    def value(self) -> int:
+        """The digest of what has been taken in."""
+        return self._state
+
+
+def digest(values: torch.Tensor, *, signed_zero: bool = True) -> int:
+    """The `Digest` of one tensor."""
+    made = Digest(values.dtype, signed_zero=signed_zero)
+    made.update(values)
+    return made.value()

@@ -84,7 +84,7 @@ class GgufFile:
         gguf = self._gguf
         writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[self._arch], use_temp_file=True)
         self._add_settings(writer)
-        expected: dict[str, tuple[bytes, torch.dtype, torch.Size]] = {}
+        expected: dict[str, tuple[int, torch.dtype, torch.Size]] = {}
         for one, value in zip(planned, values, strict=True):
             name = self._name(one)
             rows = self.rows(one)
@@ -169,7 +169,7 @@ class GgufFile:
             )
         writer.add_rope_freq_base(rope.get("rope_theta", getattr(self._config, "rope_theta", 10000.0)))
 
-    def _check(self, file: Path, expected: Mapping[str, tuple[bytes, torch.dtype, torch.Size]]) -> None:
+    def _check(self, file: Path, expected: Mapping[str, tuple[int, torch.dtype, torch.Size]]) -> None:
         reader = self._gguf.GGUFReader(file)
         found = {tensor.name: tensor for tensor in reader.tensors}
         for name, (wanted, dtype, shape) in expected.items():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
 import torch
 
 from .containers import Container
-from .encode import decode
+from .encode import decode_rows
 from .folder import StoredTensor
 from .plan import PlannedEntry, stored_shapes
 
@@ -53,8 +53,10 @@ class Layout:
     def note_dense(self, name: str) -> None:
         """Take notice of a dense tensor."""
 
-    def decode(self, one: PlannedEntry, container: Container, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        """What a file says of a packed weight, in float32.
+    def decode(
+        self, one: PlannedEntry, container: Container, read: Callable[[str], torch.Tensor]
+    ) -> Iterable[torch.Tensor]:
+        """What a file says of a packed weight, in float32, some rows at a time.
 
         Args:
             one: the entry.
@@ -64,7 +66,8 @@ class Layout:
         weight = one.entry.weight
         assert weight is not None
         stored = {key: read(self.name(one.entry.name, key)) for key in self._shapes(one)}
-        return decode(stored, container, container.group_of(weight.settings.block, *weight.shape[1:]), one.entry.shape)
+        group = container.group_of(weight.settings.block, *weight.shape[1:])
+        return decode_rows(stored, container, group, one.entry.shape)
 
     def metadata(self) -> dict[str, str]:
         """What the header of the next file says, of what has been stored since the last one."""

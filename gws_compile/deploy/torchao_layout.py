@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -74,15 +74,16 @@ class TorchaoLayout(Layout):
         """Torchao lists what it has not packed."""
         self._metadata[name] = json.dumps({"_type": "Tensor"})
 
-    def decode(self, one: PlannedEntry, container: Container, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    def decode(
+        self, one: PlannedEntry, container: Container, read: Callable[[str], torch.Tensor]
+    ) -> Iterable[torch.Tensor]:
         """What torchao makes of what the file has."""
         name, weight = one.entry.name, one.entry.weight
         assert weight is not None
         tensors = {self.name(name, key): read(self.name(name, key)) for key in ("codes", "scale")}
         metadata = {name: self._written[name], "tensor_names": json.dumps([name])}
         found, _ = self._support.unflatten_tensor_state_dict(tensors, metadata)
-        decoded: torch.Tensor = found[name].dequantize(torch.float32)
-        return decoded
+        return (found[name].dequantize(torch.float32),)
 
     def metadata(self) -> dict[str, str]:
         """torchao's, of the tensors in the file."""

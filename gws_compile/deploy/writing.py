@@ -10,7 +10,7 @@ import torch
 
 from .collect import DeployedTensor, DeployedWeight
 from .containers import Container
-from .encode import EncodedWeight, block_scales, cast_weight, digest, encode_weight, stored_tensors
+from .encode import Digest, EncodedWeight, block_scales, cast_weight, digest, encode_weight, stored_tensors
 from .folder import write_shards
 from .layouts import Layout
 from .plan import PlannedEntry
@@ -78,7 +78,7 @@ class Writer:
         self._beside = beside
         self._values: Iterator[torch.Tensor] = iter(())
         self._shard_bytes = shard_bytes
-        self._digests: dict[str, bytes] = {}
+        self._digests: dict[str, int] = {}
         self.divisors: dict[str, float] = {}
 
     def gathers(self) -> list[torch.Tensor]:
@@ -146,7 +146,7 @@ class Writer:
 
     def _made(self, group: Group, value: torch.Tensor) -> Mapping[str, torch.Tensor]:
         source, weight = group.source, group.source.weight
-        if source.is_parameter and value.is_floating_point():
+        if source.is_parameter and value.is_floating_point() and group.container is None:
             _finite(value, source)
         made: dict[str, torch.Tensor] = {}
         encoded: dict[tuple[str, int], EncodedWeight] = {}
@@ -168,13 +168,16 @@ class Writer:
                 continue
             key = (one.container.name, one.shift)
             if key not in encoded:
-                encoded[key] = encode_weight(value, weight, one.container, one.shift)
+                apart = any(of_group.entry.rows is not None for of_group in group.entries)
+                encoded[key] = encode_weight(value, weight, one.container, one.shift, keep_cast=apart)
+                _finite_scales(encoded[key], value, source)
             divisor = self.divisors.get(entry.name, self.divisors.get(group.entries[0].entry.name))
             stored = stored_tensors(encoded[key], weight, one.container, entry.rows, divisor)
-            expected = encoded[key].cast if entry.rows is None else encoded[key].cast[entry.rows]
-            self._digests[entry.name] = digest(
-                expected.reshape(entry.shape), signed_zero=one.container.codec.signed_zero
-            )
+            self._digests[entry.name] = encoded[key].digest
+            if entry.rows is not None:
+                kept = encoded[key].cast
+                assert kept is not None
+                self._digests[entry.name] = digest(kept[entry.rows], signed_zero=one.container.codec.signed_zero)
             made.update(self._layout.store(one, stored))
         return made
 
@@ -185,8 +188,10 @@ class Writer:
             if container is None or entry.weight is None:
                 same = digest(read(entry.name)) == self._digests.pop(entry.name)
             else:
-                decoded = self._layout.decode(one, container, read).to(entry.weight.spec.dtype)
-                same = digest(decoded, signed_zero=container.codec.signed_zero) == self._digests.pop(entry.name)
+                found = Digest(entry.weight.spec.dtype, signed_zero=container.codec.signed_zero)
+                for rows in self._layout.decode(one, container, read):
+                    found.update(rows)
+                same = found.value() == self._digests.pop(entry.name)
             if not same:
                 raise ValueError(
                     f"{entry.name}: what was written as {'dense' if container is None else container.name} does not "
@@ -203,6 +208,12 @@ def _finite(value: torch.Tensor, source: DeployedTensor) -> torch.Tensor:
             "Inf: no engine can use it. Export an earlier checkpoint"
         )
     return value
+
+
+def _finite_scales(encoded: EncodedWeight, value: torch.Tensor, source: DeployedTensor) -> None:
+    """Hold a weight to `_finite` where a block of it has been found to be broken."""
+    if encoded.scales.isnan().any():
+        _finite(value, source)
 
 
 def _exponents(value: torch.Tensor, weight: DeployedWeight) -> tuple[int, int] | None:

@@ -92,8 +92,6 @@ class Blocks:
         self.shape = matrix_shape(w.shape, batch_dims)
         _, rows, cols = self.shape
         block = clamped(block, rows, cols)
-        self._rows = torch.arange(rows, device=w.device) // block[0]
-        self._cols = torch.arange(cols, device=w.device) // block[1]
         self._block = block
 
     def matrices(self, x: torch.Tensor) -> torch.Tensor:
@@ -103,7 +101,13 @@ class Blocks:
 
     def expand(self, x: object) -> torch.Tensor:
         """A value of each block, (matrices, block rows, block columns), at every element; a number as it is."""
-        return x[:, self._rows[:, None], self._cols] if isinstance(x, torch.Tensor) else x  # type: ignore[return-value]
+        if not isinstance(x, torch.Tensor):
+            return x  # type: ignore[return-value]
+        count, down, across = x.shape
+        (_, rows, cols), (br, bc) = self.shape, self._block
+        # One copy, where an index for each element would take several times as long.
+        every = x[:, :, None, :, None].expand(count, down, br, across, bc).reshape(count, down * br, across * bc)
+        return every[:, :rows, :cols]
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Sum of (matrices, rows, columns) over each block."""

@@ -220,14 +220,10 @@ class SampleSpec:
             values = self.block_values
             inverse, x = (block(name) if name in values else None for name in ("inverse", "x"))
             sampled = cast(p, y, inverse, x, self.fmt, self.scale, self.dtype)
-        formats = (self.fmt,) if self.rule is None else (self.fmt, *self.rule.formats)
-        exact = self.scale in (*POWERS_OF_TWO, None)
-        if any(needs_rounding(fmt, exact, self.dtype) for fmt in formats):
-            sampled = round_to_dtype(p, sampled, self.dtype)
-        return sampled
+        return self._rounded(p, sampled)
 
-    def level_of_element(self, p: Primitives, w: Value, block: Callable[[str], Value]) -> Value:
-        """An element cast without noise, in units of its block's scale X: what a file stores a code of.
+    def levels_of_element(self, p: Primitives, w: Value, block: Callable[[str], Value]) -> tuple[Value, Value]:
+        """An element cast without noise, in units of its block's scale X, what a file stores a code of; and the cast.
 
         Args:
             p: the operations to write it in.
@@ -235,15 +231,28 @@ class SampleSpec:
             block: loads one of the `block_values` of its block.
 
         Returns:
-            float32 on the grid of the element format, without a block scale. The weight is this times X, rounded to
-            what its dtype holds. Without meaning in a block with a NaN or an Inf, and for formats without a scale.
+            float32 on the grid of the element format, without a block scale; and, as `of_element` without noise, this
+            times X, rounded to what the dtype holds. Without meaning in a block with a NaN or an Inf, and for formats
+            without a scale.
         """
         if self.rule is not None:
             grid = Grid(*map(block, self._grid))
             inverse = p.isub(254 << 23, grid.x) if grid.inverse is None else grid.inverse
-            return cast_to_grid(p, w, replace(grid, x=p.iadd(p.iand(grid.x, 0), 127 << 23), inverse=inverse))
-        inverse = block("inverse") if "inverse" in self.block_values else None
-        return cast(p, w, inverse, 1.0, self.fmt, self.scale, self.dtype)
+            level = cast_to_grid(p, w, replace(grid, x=p.iadd(p.iand(grid.x, 0), 127 << 23), inverse=inverse))
+            x: Value = p.bits_float(grid.x)
+        else:
+            inverse = block("inverse") if "inverse" in self.block_values else None
+            level = cast(p, w, inverse, 1.0, self.fmt, self.scale, self.dtype)
+            x = block("x") if "x" in self.block_values else 1.0
+        return level, self._rounded(p, p.fmul(level, x))
+
+    def _rounded(self, p: Primitives, sampled: Value) -> Value:
+        """A sample rounded to what the dtype holds, where its grid has more."""
+        formats = (self.fmt,) if self.rule is None else (self.fmt, *self.rule.formats)
+        exact = self.scale in (*POWERS_OF_TWO, None)
+        if any(needs_rounding(fmt, exact, self.dtype) for fmt in formats):
+            return round_to_dtype(p, sampled, self.dtype)
+        return sampled
 
     def grid_limit(
         self, p: Primitives, amax: Value, learned: Value | None = None, matrix: Callable[[str], Value] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 
@@ -80,8 +81,8 @@ def levels_eager(
     learned: torch.Tensor | None = None,
     *,
     maxima: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The cast without noise in parts, as a file stores it: levels of the element format, and scales.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The cast without noise, and its parts, as a file stores it: levels of the element format, and scales.
 
     Args:
         w: (matrices, rows, columns), of ``spec.dtype``.
@@ -91,8 +92,9 @@ def levels_eager(
         maxima: as in `sample_eager`.
 
     Returns:
-        float32: the levels, of the shape of ``w``; each block's scale X, (matrices, block rows, block columns); and for
-        NVFP4 the level ``S_enc`` of each matrix, (matrices, 1, 1), X being its block's ``S_b`` instead.
+        The cast, as `sample_eager` has it, shape and dtype of ``w``. float32: the levels, of the shape of ``w``; each
+        block's scale X, (matrices, block rows, block columns); and for NVFP4 the level ``S_enc`` of each matrix,
+        (matrices, 1, 1), X being its block's ``S_b`` instead.
     """
     p = TorchPrimitives()
     blocks = Blocks(w, 1, block)
@@ -112,14 +114,16 @@ def levels_eager(
         None,
         lambda name: of_matrix[name]().expand(amax.shape),
     )
-    levels = spec.level_of_element(p, y, lambda name: blocks.expand(of_block[name]()))
+    of_block = {name: cache(value) for name, value in of_block.items()}
+    levels, value = spec.levels_of_element(p, y, lambda name: blocks.expand(of_block[name]()))
+    cast = value.to(w.dtype)
     if encode is not None:
         x = stored_scale(p, amax, encode.expand(amax.shape))
     elif "x" in of_block:
         x = of_block["x"]()
     else:
         x = torch.ones_like(amax)
-    return levels, x.view(torch.float32), encode
+    return cast, levels, x.view(torch.float32), encode
 
 
 def _block_maxima(

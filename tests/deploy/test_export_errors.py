@@ -105,7 +105,9 @@ def test_a_place_that_is_taken(tmp_path):
     w = torch.randn(32, 32)
     (tmp_path / "out").mkdir()
     exported(w, tmp_path, fmt="mxfp8")  # an empty folder is none
-    with pytest.raises(FileExistsError, match="out is there and is not empty: give export\\(\\) a folder that does not"):
+    with pytest.raises(
+        FileExistsError, match="out is there and is not empty: give export\\(\\) a folder that does not"
+    ):
         exported(w, tmp_path, fmt="mxfp8")
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="file is a file"):
@@ -179,7 +181,9 @@ def test_a_tokenizer_beside_a_plain_module(tmp_path):
 def test_gguf_of_another_architecture(tmp_path):
     backend = gws_compile.backend("mxfp4", inner="eager")
     compiled, _ = evaluated(backend, gpt2().eval(), torch.tensor([[1, 2, 3]]))
-    with pytest.raises(ValueError, match=r"takes models shaped like Llama \(llama, mistral, qwen2, qwen3\), and this is"):
+    with pytest.raises(
+        ValueError, match=r"takes models shaped like Llama \(llama, mistral, qwen2, qwen3\), and this is"
+    ):
         backend.export(compiled, tmp_path / "x.gguf", "gguf")
 
 
@@ -228,7 +232,9 @@ def test_a_killed_export_leaves_no_half_checkpoint(tmp_path):
 
 
 def test_a_folder_that_is_none_of_an_export(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"gws_export.json: there is none, so .* is no folder of Backend.export"):
+    with pytest.raises(
+        FileNotFoundError, match=r"gws_export.json: there is none, so .* is no folder of Backend.export"
+    ):
         gws_compile.load_export(tmp_path)
     exported(torch.randn(32, 32), tmp_path, fmt="mxfp8")
     manifest = tmp_path / "out" / "gws_export.json"

@@ -124,7 +124,9 @@ def test_experts_are_stored_one_by_one(tmp_path):
         decoder_sparse_step=1, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = Qwen3MoeForCausalLM(config).eval()
-    with pytest.raises(ValueError, match=r"experts.0.down_proj.weight, trained .* multiple of 32 columns, and it has 48"):
+    with pytest.raises(
+        ValueError, match=r"experts.0.down_proj.weight, trained .* multiple of 32 columns, and it has 48"
+    ):
         exported(tmp_path, model, "mxfp8", fmt="mxfp8", block=(16, 32))
     torch._dynamo.reset()
     report, _ = exported(tmp_path, model, fmt="fp8_channel")
@@ -174,7 +176,9 @@ def test_adapters(merged, tmp_path):
     )
     if not merged:
         loaded = peft.PeftModel.from_pretrained(loaded, tmp_path / "out" / "adapter")
-        assert f"adapters are apart: peft.PeftModel.from_pretrained(model, '{tmp_path / 'out' / 'adapter'}')" in str(report)
+        assert f"adapters are apart: peft.PeftModel.from_pretrained(model, '{tmp_path / 'out' / 'adapter'}')" in str(
+            report
+        )
     assert torch.equal(loaded(TOKENS).logits, logits)
 
 

@@ -55,7 +55,9 @@ def evaluated(pqt: gws_compile.Backend, model: nn.Module, *args: torch.Tensor) -
         return compiled, compiled(*args)
 
 
-def export_layer(weight: torch.Tensor, path: Path, format: str | None = None, **settings: Any) -> dict[str, torch.Tensor]:
+def export_layer(
+    weight: torch.Tensor, path: Path, format: str | None = None, **settings: Any
+) -> dict[str, torch.Tensor]:
     """Export a linear layer with this weight; the tensors of the file."""
     pqt = gws_compile.backend(inner="eager", **settings)
     compiled, _ = evaluated(pqt, Layer(weight), torch.zeros(1, weight.shape[1], dtype=weight.dtype))
@@ -75,9 +77,7 @@ def without_minus_zero(w: torch.Tensor) -> torch.Tensor:
     return w + 0.0
 
 
-def cast_state(
-    model: nn.Module, cast: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
-) -> dict[str, torch.Tensor]:
+def cast_state(model: nn.Module, cast: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The state of a model with some weights cast."""
     return {
         name: cast[name](value.detach()) if name in cast else value.detach()
