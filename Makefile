@@ -6,8 +6,8 @@ OTHER := .venvs/$(TORCH)
 
 .PHONY: demo test check lint types test-torch clean
 
-demo: $(STAMP)  ## train a small GPT-2, plain and with PQT, side by side
-	$(BIN)/python examples/train_gpt.py $(ARGS)
+demo: $(STAMP)  ## train a small Llama, plain and with PQT, side by side, and export it
+	$(BIN)/python examples/train_gpt.py --model llama $(ARGS)
 
 test: $(STAMP)  ## the default test suite
 	$(BIN)/python -m pytest -n 2 $(ARGS)

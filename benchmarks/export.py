@@ -111,7 +111,8 @@ def main() -> None:
             row = {"seconds": statistics.median(times[name]), "over_save_pretrained": statistics.median(ratios)}
             results.setdefault(name, {})["synced" if sync else "written"] = row
             print(
-                f"{'synced ' if sync else 'written'} {name:16} {row['seconds']:6.2f} s  {row['over_save_pretrained']:.2f} x"
+                f"{'synced ' if sync else 'written'} {name:16} {row['seconds']:6.2f} s  "
+                f"{row['over_save_pretrained']:.2f} x"
             )
     for fmt in parsed.formats:
         results[fmt]["peak_rise_bytes"] = peak_rise(parsed.layers, fmt)

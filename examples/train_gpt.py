@@ -10,7 +10,8 @@ They start from the same weights, see the same batches, and take turns step by s
 alike. A table then shows what the format costs: in loss (the held-out loss under a format is that of the cast weights,
 without noise, as they will be deployed) and in tokens per second. Beside it stand the loss of the plain model whose
 weights are cast afterwards, and the bytes of the matrices as they are deployed. The loss curves go to
-``out/train_gpt.png``, all figures to ``out/train_gpt.json``.
+``out/train_gpt.png``, all figures to ``out/train_gpt.json``, and each format's model, as an engine loads it, to
+``out/exported``.
 
     python examples/train_gpt.py                                     # about 3 minutes on two CPU cores
     python examples/train_gpt.py --fmt mxfp8 nvfp4 int4_group        # several formats at once, or presets
@@ -27,8 +28,10 @@ import json
 import math
 import os
 import platform
+import shutil
 import statistics
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -317,6 +320,23 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {"type": "cpu", "name": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
 
 
+def export(run: Run, folder: Path) -> str:
+    """Write a run's model as an engine loads it, and say in a line what came out."""
+    if (folder / "gws_export.json").exists():  # of an earlier run
+        shutil.rmtree(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if run.learned:
+        run.backend.freeze_bits(per_weight=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", gws_compile.GwsWarning)  # that nothing can be packed, which is said here
+        report = run.backend.export(run.compiled, folder)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    packed = f"{len(report.packed)} weights packed"
+    if not report.packed:
+        packed = f"all weights dense ({next(w.reason for w in report.weights if w.trained)})"
+    return f"{run.name}: {packed}, {size:,} bytes in {folder}; load it with\n    {report.load}"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     settings, text, backends = parse(argv)
     torch.manual_seed(settings.seed)
@@ -345,7 +365,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     curves = [Curve(run.name, run.train_losses, run.held_out) for run in runs]
     noise = ", ".join(f"{name}: {b.config.noise} noise, {_width(b.config)}" for name, b in backends.items())
     plot_losses(png_path, curves, title=title, subtitle=f"{data}\n{noise}")
-    print(f"\nloss curves in {png_path}, all figures in {json_path}")
+    print(f"\nloss curves in {png_path}, all figures in {json_path}\n")
+    for run in runs[1:]:
+        print(export(run, settings.out / "exported" / run.name.replace(" ", "_")))
 
 
 if __name__ == "__main__":

@@ -44,8 +44,8 @@ def read(name: str, text: str) -> Any:
     Args:
         name: of the setting.
         text: ``"5"``, ``"learned"`` or ``"learned:average=5,granularity=weight,formats=fp4_e2m1/fp8_e4m3"`` for bits;
-            ``"32x32"`` or ``"32,32"`` for block, ``"1xall"`` for a row; globs parted by commas; ``"none"`` for no scale; ``"true"`` or ``"1"``;
-            ``"*.mlp.*=nvfp4;*.attn.*=fp8_e4m3,block=1x32;*.0.*=none"`` for rules;
+            ``"32x32"`` or ``"32,32"`` for block, ``"1xall"`` for a row; globs parted by commas; ``"none"`` for no
+            scale; ``"true"`` or ``"1"``; ``"*.mlp.*=nvfp4;*.attn.*=fp8_e4m3,block=1x32;*.0.*=none"`` for rules;
             ``"start=100,stop=900,bits=0:8/1000:5"`` for a schedule.
 
     Raises:
@@ -213,7 +213,9 @@ def _bits(text: str) -> Any:
     if kind != "learned":
         return _number(text)
     pairs = (pair.partition("=") for pair in rest.split(",") if pair)
-    return _made(LearnedBits, {name.strip(): _learned_argument(name.strip(), value.strip()) for name, _, value in pairs})
+    return _made(
+        LearnedBits, {name.strip(): _learned_argument(name.strip(), value.strip()) for name, _, value in pairs}
+    )
 
 
 def _learned_argument(name: str, value: str) -> Any:

@@ -49,7 +49,8 @@ def test_the_table_says_what_became_of_each_weight(tmp_path):
     report = backend.export(compiled, tmp_path / "out")
     rows = {weight.name: weight for weight in report.weights}
     assert {name: row.container for name, row in rows.items()} == {
-        "table.weight": "dense", "conv.weight": "dense", "experts": "mxfp8", "fc.weight": "dense", "wide.weight": "dense",
+        "table.weight": "dense", "conv.weight": "dense", "experts": "mxfp8", "fc.weight": "dense",
+        "wide.weight": "dense",
     }  # fmt: skip
     assert rows["conv.weight"].reason == "a convolution's weight: no container holds it"
     assert rows["fc.weight"].reason == "mxfp8 needs a multiple of 32 columns, and it has 40"

@@ -58,7 +58,8 @@ for name, case in json.load(open("cases.json")).items():
             a, b = a.to(asked), b.to(rounded).to(asked) if name in packed else b
             if case["signless"] and name in packed:
                 a, b = a + 0.0, b + 0.0
-            return a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+            a, b = a.contiguous(), b.contiguous()
+            return a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
         found["different"] = [n for n, v in expected.items() if n not in state or not same(n, state[n], v)]
         found["dtypes"] = sorted({str(v.dtype) for n, v in state.items() if n in expected})

@@ -77,6 +77,19 @@ def test_figures_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "fp6_e3m2: 4 of 6 weights rewritten (noise rounded_normal, b = 4)" in printed
     assert f"{fp8['final_held_out_loss']:.4f}" in printed
     assert f"{fp6['plain_cast_afterwards_held_out_loss']:.4f}" in printed
+    assert "fp6_e3m2: all weights dense (a Conv1D's weight, stored transposed: engines take it dense)" in printed
+    assert (tmp_path / "exported" / "fp6_e3m2" / "config.json").is_file()
+
+
+def test_the_models_are_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):  # over what the run before has left
+        run(tmp_path, "--inner=eager", "--model=llama", "--fmt", "mxfp8", "--learned=weight")
+        printed = capsys.readouterr().out
+    assert "mxfp8: 7 weights packed" in printed
+    assert f"LlamaForCausalLM.from_pretrained('{tmp_path / 'exported' / 'mxfp8'}', quantization_config=Comp" in printed
+    assert (tmp_path / "exported" / "learned_per_weight" / "model.safetensors").is_file()
+    state = gws_compile.load_export(tmp_path / "exported" / "mxfp8")
+    assert state["model.layers.0.mlp.up_proj.weight"].shape == (160, 64)
 
 
 @pytest.mark.parametrize(("model", "rewritten"), [("gpt2", 4), pytest.param("llama", 7, marks=pytest.mark.slow)])

@@ -29,9 +29,9 @@ class Layer(nn.Module):
 def hard_weight(rows: int, cols: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
     """Values that storing goes wrong with: what is saturated, subnormal, -0, a block of zeros, a row of 240 X.
 
-    Of the blocks at the left. In e4m3 with the scale of a 32 x 32 block whose maximum is 1.9 a value of 1.9 saturates at
-    448 X; beside it lies a row whose largest value is 240 X, of which a scale computed anew would be half as large, and
-    values below X's smallest.
+    Of the blocks at the left. In e4m3, with the scale of a 32 x 32 block whose maximum is 1.9, that saturates at 448 X;
+    beside it lies a row whose largest value is 240 X, of which a scale computed anew would be half as large, and values
+    below X's smallest.
     """
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(rows, cols, generator=generator)
