@@ -190,10 +190,11 @@ def _frozen_widths(slot: Slot, learned: LearnedWidths | None) -> tuple[torch.Ten
     rule = learned.parameters.rule
     used = sorted(set(rule.index(rule.widths(found.parameter)).reshape(-1).tolist()))
     formats = tuple(rule.formats[index] for index in used)
+    parameter = found.parameter.detach().cpu()  # where weights are encoded
     if len(formats) == 1:
-        return found.parameter.detach(), formats, ""
+        return parameter, formats, ""
     of_weight = summarize({"": found}, rule)
     assert of_weight is not None
     average, stored = f"{of_weight.average:.2f}", f"{of_weight.stored_bytes:,}"
     note = f"at the widths of its blocks, {average} bits on average, it would be {stored} bytes"
-    return found.parameter.detach(), formats, note
+    return parameter, formats, note

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,6 @@ def export(
     if adapters.is_peft_model(model):
         model, tensors, adapted = adapters.split(model, tensors)
     ranks = Ranks.of((tensor.tensor for tensor in tensors), stage=stage)
-    if ranks.writes:
-        check_path(place, file=fmt == "gguf")
     gguf = GgufFile(model, tokenizer) if fmt == "gguf" and is_pretrained_model(model) else None
     if is_pretrained_model(model):
         checkpoint: Checkpoint = HuggingFaceCheckpoint(model, tensors, fmt, tokenizer)
@@ -69,21 +67,19 @@ def export(
     if gguf is not None:
         return _export_gguf(place, gguf, checkpoint, ranks, report)
     beside = [] if adapted is None else [tensor.tensor for tensor in adapted.tensors.values()]
-    writer = Writer(checkpoint.planned, checkpoint.layout, ranks, checkpoint.family_of, beside, shard_bytes=shard_bytes)
+    writer = Writer(checkpoint.planned, checkpoint.layout, checkpoint.family_of, beside, shard_bytes=shard_bytes)
 
-    def work() -> ExportReport:
-        if not ranks.writes:
-            _take_part(ranks, writer.gathers())
-            return report
+    def work(values: Iterator[torch.Tensor]) -> ExportReport:
+        check_path(place)
         with whole_or_nothing(place) as folder:
-            files = [*writer.write(folder), *checkpoint.write_beside(folder), MANIFEST]
+            files = [*writer.write(folder, values), *checkpoint.write_beside(folder), MANIFEST]
             if adapted is not None and adapted.tensors:
-                files += adapted.write(folder, writer.beside(), place)
+                files += adapted.write(folder, list(values), place)
             done = replace(report, files=tuple(sorted(files)))
             write_json(folder / MANIFEST, manifest_of(checkpoint.planned, checkpoint.layout, checkpoint.ties, done))
         return done
 
-    return _told(ranks, work)
+    return ranks.write(writer.gathers(), work, report)
 
 
 def _export_gguf(
@@ -92,26 +88,13 @@ def _export_gguf(
     file.check(checkpoint.planned)
     gathers = [one.entry.source.tensor for one in checkpoint.planned]
 
-    def work() -> ExportReport:
-        if not ranks.writes:
-            _take_part(ranks, gathers)
-            return report
+    def work(values: Iterator[torch.Tensor]) -> ExportReport:
+        check_path(place, file=True)
         with whole_file(place) as partial:
-            file.write(partial, checkpoint.planned, ranks.gathered(gathers))
+            file.write(partial, checkpoint.planned, values)
         return replace(report, files=(place.name,), load=f"llama-cli --model {place}")
 
-    return _told(ranks, work)
-
-
-def _take_part(ranks: Ranks, gathers: Sequence[torch.Tensor]) -> None:
-    for _ in ranks.gathered(gathers if ranks.together else ()):
-        pass
-
-
-def _told(ranks: Ranks, work: Any) -> ExportReport:
-    told = ranks.tell(work)
-    assert isinstance(told, ExportReport)
-    return told
+    return ranks.write(gathers, work, report)
 
 
 def _report(

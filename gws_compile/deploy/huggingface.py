@@ -56,12 +56,15 @@ def huggingface_entries(model: Any, tensors: Sequence[DeployedTensor]) -> tuple[
 
 
 def _without_ties(model: Any, tensors: Sequence[DeployedTensor]) -> tuple[list[DeployedTensor], bool]:
+    unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     names = {tensor.name: tensor for tensor in tensors}
     kept: list[DeployedTensor] = []
     untied = False
     met: set[tuple[int, bool]] = set()
     for tensor in tensors:
+        if tensor.name in unsaved:
+            continue
         raw = is_raw(tensor, tensors)
         source = names.get(tied.get(tensor.name, ""))
         if source is not None and source.tensor is tensor.tensor:
@@ -79,25 +82,47 @@ def _converted(
     model: Any, tensors: Sequence[DeployedTensor]
 ) -> list[tuple[str, DeployedTensor, torch.Tensor | None, tuple[int, ...]]]:
     """Name, source, rows and shape of every tensor of the checkpoint."""
-    from transformers.core_model_loading import revert_weight_conversion
-
     numbers: dict[str, torch.Tensor] = {}
     starts: list[tuple[int, DeployedTensor]] = []
     start = 0
     for tensor in tensors:
+        count = _rows_of(tensor)
         shape = tuple(tensor.tensor.shape)
-        count = math.prod(shape[:-1])
-        numbers[tensor.name] = torch.arange(start, start + count).view(*shape[:-1], 1) if shape else torch.tensor(start)
+        numbers[tensor.name] = torch.arange(start, start + count).view(shape if len(shape) < 2 else (*shape[:-1], 1))
         starts.append((start, tensor))
-        start += max(count, 1)
-    found = []
-    for name, rows in revert_weight_conversion(model, numbers).items():
+        start += count
+    found: list[tuple[str, DeployedTensor, torch.Tensor | None, tuple[int, ...]]] = []
+    met: dict[int, int] = {}
+    for name, rows in _reverted(model, numbers).items():
+        if not rows.numel():  # a tensor of nothing, which is not parted
+            source = next(tensor for tensor in tensors if tensor.name == name)
+            found.append((name, source, None, tuple(source.tensor.shape)))
+            continue
         source, own = _source_of(rows, starts)
-        if own is None and name != source.name and rows.shape != numbers[source.name].shape:
+        shape = tuple(rows.shape) if source.tensor.ndim < 2 else (*rows.shape[:-1], source.tensor.shape[-1])
+        if math.prod(shape) != rows.numel() * (1 if source.tensor.ndim < 2 else source.tensor.shape[-1]):
             raise ValueError(_unknown_conversion(name, source))
-        shape = (*rows.shape[:-1], source.tensor.shape[-1]) if rows.ndim else ()
-        found.append((name, source, own, tuple(shape)))
+        met[id(source.tensor)] = met.get(id(source.tensor), 0) + rows.numel()
+        found.append((name, source, own, shape))
+    for tensor in tensors:
+        if met.get(id(tensor.tensor), 0) % max(_rows_of(tensor), 1):
+            raise ValueError(_unknown_conversion("a part of it", tensor))
     return found
+
+
+def _rows_of(tensor: DeployedTensor) -> int:
+    """How many numbers stand for a tensor: of its rows, or of the elements of a vector."""
+    shape = tuple(tensor.tensor.shape)
+    return math.prod(shape if len(shape) < 2 else shape[:-1])
+
+
+def _reverted(model: Any, numbers: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # before version 5 there were no conversions
+        return numbers
+    reverted: Mapping[str, torch.Tensor] = revert_weight_conversion(model, numbers)
+    return reverted
 
 
 def _source_of(
@@ -105,11 +130,12 @@ def _source_of(
 ) -> tuple[DeployedTensor, torch.Tensor | None]:
     """The tensor that rows come from, and which of its rows they are; None where they are all of them, in order."""
     flat = rows.reshape(-1)
-    first = int(flat[0]) if flat.numel() else 0
+    first = int(flat[0])
     start, source = next((s, t) for s, t in reversed(starts) if s <= first)
-    count = max(math.prod(source.tensor.shape[:-1]), 1)
+    count = _rows_of(source)
     own = flat - start
-    if (rows.ndim and rows.shape[-1] != 1) or bool((own < 0).any()) or bool((own >= count).any()):
+    is_matrix = source.tensor.ndim >= 2
+    if (is_matrix and rows.shape[-1] != 1) or bool((own < 0).any()) or bool((own >= count).any()):
         raise ValueError(_unknown_conversion(source.name, source))
     whole = own.numel() == count and bool((own == torch.arange(count)).all())
     return source, None if whole else own
@@ -129,7 +155,7 @@ def _linear(
     weight = source.weight
     owner = source.owner
     is_linear = isinstance(owner, nn.Linear) and source.attribute == "weight"
-    is_expert = rows is not None and len(shape) == 2 and name.endswith(".weight") and "experts." in name
+    is_expert = source.tensor.ndim == 3 and len(shape) == 2 and name.endswith(".weight") and "experts." in name
     if weight is None:
         return is_linear, None
     if head is not None and owner is head:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from ..torch_internals.distributed import is_sharded, whole_tensor
 
+T = TypeVar("T")
 
-@dataclass
+
+@dataclass(frozen=True)
 class Ranks:
     """The ranks of one export.
 
@@ -24,7 +27,6 @@ class Ranks:
 
     writes: bool
     together: bool
-    _gathers: Iterator[torch.Tensor] = field(default_factory=lambda: iter(()))
 
     @staticmethod
     def of(tensors: Iterable[torch.Tensor], *, stage: bool) -> Ranks:
@@ -39,30 +41,27 @@ class Ranks:
         first = not there or torch.distributed.get_rank() == 0
         return Ranks(writes=first or (stage and not together), together=together)
 
-    def gathered(self, tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """The whole tensors, one by one, on the CPU, outside autograd."""
-        self._gathers = (whole_tensor(tensor.detach()).cpu() for tensor in tensors)
-        return self._gathers
+    def write(self, tensors: Sequence[torch.Tensor], work: Callable[[Iterator[torch.Tensor]], T], otherwise: T) -> T:
+        """Have the writing rank do its work, and give its result, or its error, to all that hold parts.
 
-    def tell(self, work: Callable[[], object]) -> object:
-        """Do the work of the writing rank, and give its result, or its error, to all.
-
-        The work takes all that it has of `gathered`; where it fails, the rest is gathered all the same, since the other
-        ranks wait.
+        Args:
+            tensors: what ranks gather, in this order.
+            work: takes the whole tensors, one by one, on the CPU, outside autograd.
+            otherwise: the result of a rank that does not write, where ranks do not wait for each other.
 
         Raises:
-            RuntimeError: the writing rank failed; on that rank it is its own error.
+            RuntimeError: the writing rank has failed; on that rank its own error.
         """
-        result: object = None
-        error: Exception | None = None
-        try:
-            result = work()
-        except Exception as raised:
-            error = raised
-            if self.together:
-                for _ in self._gathers:
-                    pass
+        values = (whole_tensor(tensor.detach()).cpu() for tensor in tensors)
+        result, error = otherwise, None
+        if self.writes:
+            try:
+                result = work(values)
+            except Exception as raised:
+                error = raised
         if self.together:
+            for _ in values:  # what the others gather too, also where the work has failed
+                pass
             told = [(result, None if error is None else f"{type(error).__name__}: {error}")]
             torch.distributed.broadcast_object_list(told, src=0)
             if error is None and told[0][1] is not None:

@@ -14,7 +14,6 @@ from .encode import Digest, EncodedWeight, block_scales, cast_weight, digest, en
 from .folder import write_shards
 from .layouts import Layout
 from .plan import PlannedEntry
-from .ranks import Ranks
 
 SHARD_BYTES = 2 * 2**30
 """Of a file, at most, unless one tensor has more; about what a writing rank holds beside the model."""
@@ -55,7 +54,6 @@ class Writer:
     Args:
         planned: the entries.
         layout: what tensors are called.
-        ranks: which rank writes.
         beside: tensors that are gathered behind all others, for what is written beside the files.
         family_of: entries of equal families share NVFP4's divisor, where the model as a whole cannot have one.
         shard_bytes: see `SHARD_BYTES`.
@@ -65,7 +63,6 @@ class Writer:
         self,
         planned: Sequence[PlannedEntry],
         layout: Layout,
-        ranks: Ranks,
         family_of: Callable[[str], str],
         beside: Sequence[torch.Tensor] = (),
         *,
@@ -73,10 +70,8 @@ class Writer:
     ) -> None:
         self.groups = groups_of(planned)
         self._layout = layout
-        self._ranks = ranks
         self._family_of = family_of
         self._beside = beside
-        self._values: Iterator[torch.Tensor] = iter(())
         self._shard_bytes = shard_bytes
         self._digests: dict[str, int] = {}
         self.divisors: dict[str, float] = {}
@@ -96,8 +91,12 @@ class Writer:
             and not group.source.weight.spec.needs_matrix_maximum
         ]
 
-    def write(self, folder: Path) -> tuple[str, ...]:
+    def write(self, folder: Path, values: Iterator[torch.Tensor]) -> tuple[str, ...]:
         """Write all files.
+
+        Args:
+            folder: to write into.
+            values: the tensors of `gathers`; those of what is written beside the files are left.
 
         Raises:
             ValueError: a weight has a NaN or an Inf; NVFP4's exponents are too far apart; or what was written is not
@@ -106,7 +105,6 @@ class Writer:
         Returns:
             Their names.
         """
-        self._values = values = self._ranks.gathered(self.gathers())
         self._find_divisors(values)
         return write_shards(
             folder,
@@ -116,10 +114,6 @@ class Writer:
             self._layout.metadata,
             largest=self._shard_bytes,
         )
-
-    def beside(self) -> list[torch.Tensor]:
-        """The tensors that are gathered behind those of the files, after `write`."""
-        return list(self._values)
 
     def _find_divisors(self, values: Iterator[torch.Tensor]) -> None:
         """NVFP4's divisors: engines take one for fused layers, so that it is one for the model, or for a family."""
@@ -159,7 +153,7 @@ class Writer:
                     cast = cast_weight(value, entry.weight).to(value.dtype) if cast is None else cast
                     dense = cast
                 if entry.rows is not None:
-                    dense = dense.reshape(-1, dense.shape[-1])[entry.rows]
+                    dense = (dense if dense.ndim < 2 else dense.reshape(-1, dense.shape[-1]))[entry.rows]
                 dense = dense.reshape(entry.shape).contiguous()
                 # A tensor of the file is no view of another, nor of the model.
                 made[entry.name] = dense.clone() if dense.data_ptr() == value.data_ptr() else dense
@@ -201,8 +195,9 @@ class Writer:
 
 
 def _finite(value: torch.Tensor, source: DeployedTensor) -> torch.Tensor:
-    if not value.isfinite().all():
-        count = int((~value.isfinite()).sum())
+    wide = value.float() if value.itemsize == 1 else value
+    if not wide.isfinite().all():
+        count = int((~wide.isfinite()).sum())
         raise ValueError(
             f"{source.name} has {count} element{'s' if count > 1 else ''} that {'are' if count > 1 else 'is'} NaN or "
             "Inf: no engine can use it. Export an earlier checkpoint"

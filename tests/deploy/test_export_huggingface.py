@@ -184,22 +184,27 @@ def test_adapters(merged, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "format"),
+    ("settings", "format", "dtype"),
     [
-        ({"fmt": "mxfp8"}, None),
-        ({"fmt": "mxfp4"}, None),
-        ({"fmt": "fp4_e2m1", "block": (16, 16)}, "nvfp4"),
-        ({"fmt": "mxfp6", "scale": "ceil"}, None),
+        ({"fmt": "mxfp8"}, None, torch.float32),
+        ({"fmt": "mxfp4"}, None, torch.bfloat16),
+        ({"fmt": "fp4_e2m1", "block": (16, 16)}, "nvfp4", torch.float32),
+        ({"fmt": "mxfp6", "scale": "ceil"}, None, torch.float32),
+        ({"fmt": "fp8_channel"}, None, torch.float32),
+        ({"fmt": "int4_group", "block": (1, 32)}, None, torch.float32),
+        ({"fmt": "nvfp4"}, None, torch.bfloat16),
     ],
 )
-def test_back_to_training(settings, format, tmp_path):
+def test_back_to_training(settings, format, dtype, tmp_path):
     """The first evaluation of the model that was loaded is that of the exported one; it trains, and leaves again."""
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-    _, logits = exported(tmp_path, llama().eval(), format, **settings)
+    llama().save_pretrained(tmp_path / "start")  # .to(dtype) rounds the rotation's frequencies too
+    start = AutoModelForCausalLM.from_pretrained(tmp_path / "start", dtype=dtype).eval()
+    _, logits = exported(tmp_path, start, format, **settings)
     torch._dynamo.reset()
     model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
+        tmp_path / "out", dtype=dtype, quantization_config=CompressedTensorsConfig(dequantize=True)
     )
     backend = gws_compile.backend(inner="eager", **settings)
     compiled, first = evaluated(backend, model, TOKENS)
@@ -213,7 +218,7 @@ def test_back_to_training(settings, format, tmp_path):
     with torch.no_grad():
         trained = compiled.eval()(TOKENS).logits
     again = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "again", dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
+        tmp_path / "again", dtype=dtype, quantization_config=CompressedTensorsConfig(dequantize=True)
     )
     assert torch.equal(again.eval()(TOKENS).logits, trained)
 

@@ -66,9 +66,11 @@ def sharded(rank: int, folder: str, settings: str, way: str) -> tuple[str, list[
     if way == "nan":
         with torch.no_grad():
             model.second.down.weight.to_local().fill_(float("nan"))
+    if way == "taken":
+        (Path(folder) / "ranks").write_text("")
     try:
         report = str(backend.export(compiled, Path(folder) / "ranks", shard_bytes=10_000))
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, FileExistsError) as error:
         report = f"{type(error).__name__}: {error}"
     return report, sorted(path.name for path in Path(folder).iterdir())
 
@@ -99,6 +101,12 @@ def test_an_error_of_the_writing_rank_reaches_all(tmp_path):
     assert first.startswith("ValueError: second.down.weight has 8192 elements that are NaN or Inf")
     assert second.startswith("RuntimeError: the export failed on rank 0: ValueError: second.down.weight has")
     assert left == []
+
+
+def test_a_place_that_is_taken_is_said_on_all_ranks(tmp_path):
+    (first, _), (second, _) = run_ranks(sharded, args=(str(tmp_path), "mxfp8", "taken"))
+    assert first.startswith("FileExistsError:")
+    assert second.startswith("RuntimeError: the export failed on rank 0: FileExistsError:")
 
 
 def data_parallel(rank: int, folder: str) -> tuple[list[str], int]:
