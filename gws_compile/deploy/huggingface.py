@@ -56,15 +56,12 @@ def huggingface_entries(model: Any, tensors: Sequence[DeployedTensor]) -> tuple[
 
 
 def _without_ties(model: Any, tensors: Sequence[DeployedTensor]) -> tuple[list[DeployedTensor], bool]:
-    unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     names = {tensor.name: tensor for tensor in tensors}
     kept: list[DeployedTensor] = []
     untied = False
     met: set[tuple[int, bool]] = set()
     for tensor in tensors:
-        if tensor.name in unsaved:
-            continue
         raw = is_raw(tensor, tensors)
         source = names.get(tied.get(tensor.name, ""))
         if source is not None and source.tensor is tensor.tensor:
@@ -100,13 +97,11 @@ def _converted(
             continue
         source, own = _source_of(rows, starts)
         shape = tuple(rows.shape) if source.tensor.ndim < 2 else (*rows.shape[:-1], source.tensor.shape[-1])
-        if math.prod(shape) != rows.numel() * (1 if source.tensor.ndim < 2 else source.tensor.shape[-1]):
-            raise ValueError(_unknown_conversion(name, source))
-        met[id(source.tensor)] = met.get(id(source.tensor), 0) + rows.numel()
+        met[id(source)] = met.get(id(source), 0) + rows.numel()
         found.append((name, source, own, shape))
     for tensor in tensors:
-        if met.get(id(tensor.tensor), 0) % max(_rows_of(tensor), 1):
-            raise ValueError(_unknown_conversion("a part of it", tensor))
+        if met.get(id(tensor), 0) != _rows_of(tensor):
+            raise ValueError(_unknown_conversion("something that lacks a part of it", tensor))
     return found
 
 
@@ -252,7 +247,7 @@ def write_beside(
         model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    if getattr(model, "_auto_class", None) is not None:
+    if getattr(config, "auto_map", None) and not type(model).__module__.startswith("transformers."):
         from transformers.dynamic_module_utils import custom_object_save
 
         custom_object_save(model, folder, config=config)

@@ -137,10 +137,12 @@ class Writer:
             for name in divided:
                 if family in ("", self._family_of(name)):
                     self.divisors[name] = 2.0 ** (8 - top)
+        for name in divided:  # of a family whose weights are all 0
+            self.divisors.setdefault(name, 1.0)
 
     def _made(self, group: Group, value: torch.Tensor) -> Mapping[str, torch.Tensor]:
         source, weight = group.source, group.source.weight
-        if source.is_parameter and value.is_floating_point() and group.container is None:
+        if source.is_parameter and value.is_floating_point() and not _tells_broken_blocks(group):
             _finite(value, source)
         made: dict[str, torch.Tensor] = {}
         encoded: dict[tuple[str, int], EncodedWeight] = {}
@@ -203,6 +205,14 @@ def _finite(value: torch.Tensor, source: DeployedTensor) -> torch.Tensor:
             "Inf: no engine can use it. Export an earlier checkpoint"
         )
     return value
+
+
+def _tells_broken_blocks(group: Group) -> bool:
+    """Whether the scales of a weight are NaN where a block has a NaN or an Inf, which `_finite_scales` sees."""
+    weight = group.source.weight
+    if group.container is None or weight is None:
+        return False
+    return weight.settings.scale is not None and not weight.spec.needs_matrix_maximum
 
 
 def _finite_scales(encoded: EncodedWeight, value: torch.Tensor, source: DeployedTensor) -> None:

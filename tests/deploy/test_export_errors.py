@@ -60,12 +60,22 @@ def test_a_weight_that_does_not_fit(settings, format, shape, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_no_numbers(value, tmp_path):
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"fmt": "mxfp8"},
+        {"fmt": "nvfp4"},
+        {"fmt": "int4_group"},
+        {"fmt": "fp8_e4m3", "scale": None},
+        {"fmt": "fp4_e2m1", "block": (16, 16)},
+    ],
+)
+def test_values_that_are_no_numbers(settings, value, tmp_path):
     w = torch.randn(32, 32)
     w[3, 4] = value
     with pytest.raises(ValueError, match=r"fc.weight has 1 element that is NaN or Inf: no engine can use it"):
-        exported(w, tmp_path, fmt="mxfp8")
+        exported(w, tmp_path, **settings)
     assert list(tmp_path.iterdir()) == []
 
 

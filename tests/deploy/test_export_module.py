@@ -214,6 +214,23 @@ def test_one_scale_for_all_nvfp4_weights_of_powers_of_two(tmp_path):
     assert stored["up.weight_scale"].float().max() == stored["down.weight_scale"].float().max() == 256
 
 
+def test_weights_of_zeros_alone(tmp_path):
+    model = Wide()
+    with torch.no_grad():
+        model.up.weight.zero_()
+        model.down.weight.copy_(hard_weight(64, 96) * torch.tensor([1.0, 2.0**-18])[torch.arange(96) // 48])
+    backend = gws_compile.backend("fp4_e2m1", block=(16, 16), inner="eager")
+    compiled, _ = evaluated(backend, model, torch.ones(2, 64))
+    with pytest.raises(ValueError, match="the scales of nvfp4 blocks span"):
+        backend.export(compiled, tmp_path / "out", "nvfp4")
+    with torch.no_grad():
+        model.down.weight.zero_()
+    backend.export(compiled, tmp_path / "nvfp4", "nvfp4")
+    loaded = gws_compile.load_export(tmp_path / "nvfp4")
+    assert not loaded["up.weight"].any()
+    assert not loaded["down.weight"].any()
+
+
 def safe(folder) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 

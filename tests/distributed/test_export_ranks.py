@@ -81,7 +81,12 @@ def without_files(report: str) -> str:
 
 @pytest.mark.parametrize(
     ("settings", "way"),
-    [("mxfp8", "fsdp"), ("powers", "fsdp"), ("nvfp4", "tensor"), ("channel", "tensor")],
+    [
+        ("powers", "fsdp"),
+        ("channel", "tensor"),
+        pytest.param("mxfp8", "fsdp", marks=pytest.mark.slow),
+        pytest.param("nvfp4", "tensor", marks=pytest.mark.slow),
+    ],
 )
 def test_the_files_are_those_of_one_process(settings, way, tmp_path):
     alone = one_process(str(tmp_path), settings)

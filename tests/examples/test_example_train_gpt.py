@@ -81,6 +81,7 @@ def test_figures_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture
     assert (tmp_path / "exported" / "fp6_e3m2" / "config.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_models_are_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):  # over what the run before has left
         run(tmp_path, "--inner=eager", "--model=llama", "--fmt", "mxfp8", "--learned=weight")

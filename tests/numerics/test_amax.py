@@ -169,3 +169,11 @@ def test_noise_is_cast_on_the_grid_of_the_weight_itself(block, noise):
         torch.from_numpy(w), "fp6_e3m2", key=key, step=step, bits=2.5, noise=noise, block=block, scale="amax"
     )
     assert_bits_equal(actual, amax_oracle(torch.from_numpy(w), "fp6_e3m2", block, y))
+
+
+@pytest.mark.parametrize("largest", [448.0, 6.0, 7.5, 28.0, 7.0, 127.0])
+def test_the_scale_of_cast_weights_is_the_one_that_they_were_cast_with(largest):
+    """A cast weight's block maximum is max X, whose quotient is X again: in float32, for every maximum of a binade."""
+    amax = (np.arange(2**23, dtype=np.uint32) + np.float32(1.0).view(np.uint32)).view(np.float32)
+    x = amax / np.float32(largest)
+    assert np.array_equal((x * np.float32(largest)) / np.float32(largest), x)
