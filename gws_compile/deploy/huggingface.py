@@ -250,5 +250,5 @@ def write_beside(
     if getattr(config, "auto_map", None) and not type(model).__module__.startswith("transformers."):
         from transformers.dynamic_module_utils import custom_object_save
 
-        custom_object_save(model, folder, config=config)
+        custom_object_save(model, folder)  # the files of its code; config.json has named them
     return tuple(sorted(path.name for path in set(folder.iterdir()) - before))
