@@ -84,18 +84,20 @@ def _unpack_integers(stored: torch.Tensor, cols: int, bits: int) -> torch.Tensor
     return levels.to(torch.float32)
 
 
-@lru_cache(maxsize=8)
-def _table(fmt: FloatFormat) -> torch.Tensor:
-    """float32: the values of a format's codes without the sign bit, in their order."""
-    codes = range(2 ** (fmt.storage_bits - 1))
+def values_of_codes(fmt: FloatFormat) -> list[float]:
+    """The values of a format's codes without the sign bit, in their order, as if none was reserved."""
     fraction = 2**fmt.mantissa_bits
-    values = [
+    return [
         (code % fraction) * fmt.min_subnormal
         if code < fraction
         else 2.0 ** (code // fraction - fmt.bias) * (1 + code % fraction / fraction)
-        for code in codes
+        for code in range(2 ** (fmt.storage_bits - 1))
     ]
-    return torch.tensor(values, dtype=torch.float32, device="cpu")
+
+
+@lru_cache(maxsize=8)
+def _table(fmt: FloatFormat) -> torch.Tensor:
+    return torch.tensor(values_of_codes(fmt), dtype=torch.float32, device="cpu")
 
 
 @lru_cache(maxsize=8)

@@ -62,9 +62,7 @@ def targets_of(names: Iterable[str]) -> list[str]:
 
 
 def _weights(container: Container, planned: PlannedEntry) -> dict[str, Any]:
-    weight = planned.entry.weight
-    assert weight is not None
-    group = container.group_of(weight.settings.block, *weight.shape[1:])
+    group = planned.group
     strategy = {
         (None, None): "tensor",
         (1, None): "channel",

@@ -14,7 +14,7 @@ from ..numerics.elements import ElementFormat
 from ..numerics.formats import FORMATS
 from ..numerics.integers import IntFormat
 from ..numerics.scales import POWERS_OF_TWO, Scale
-from .codecs import FLOAT8, INT4, INT8, NIBBLES, SIXES, Codec
+from .codecs import FLOAT8, INT4, INT8, NIBBLES, SIXES, Codec, values_of_codes
 
 StoredScale = Literal["e8m0", "e4m3", "float32"]
 """``"e8m0"``: an exponent, as uint8; ``"e4m3"``: that of NVFP4, with a float32 divisor for the weight."""
@@ -127,12 +127,7 @@ def _levels(fmt: ElementFormat) -> frozenset[float] | None:
         return frozenset(float(level) for level in range(1, int(fmt.max) + 1))
     if fmt.storage_bits > 8 or not fmt.scaled:
         return None
-    fraction = 2**fmt.mantissa_bits
-    normal = (
-        2.0 ** (e - fmt.bias) * (1 + m / fraction) for e in range(1, 2**fmt.exponent_bits) for m in range(fraction)
-    )
-    levels = [*(m * fmt.min_subnormal for m in range(1, fraction)), *normal]
-    return frozenset(level for level in levels if level <= fmt.max)
+    return frozenset(level for level in values_of_codes(fmt) if 0 < level <= fmt.max)
 
 
 CONTAINERS: Mapping[str, Container] = MappingProxyType(

@@ -64,7 +64,8 @@ def block_scales(w: torch.Tensor, weight: DeployedWeight) -> torch.Tensor:
     w = w.detach().to(weight.spec.dtype)
     for part in weight_parts(w, weight.spec, weight.batch_dims, weight.settings.block, weight.parameter, PART_ELEMENTS):
         _, levels, x, _ = levels_eager(part.w, weight.spec, part.block, part.learned, maxima=part.maxima)
-        found.append(x.expand(block_maximum(levels, part.block).shape)[block_maximum(levels, part.block) > 0])
+        largest = block_maximum(levels, part.block)
+        found.append(x.expand(largest.shape)[largest > 0])
     return torch.cat(found)
 
 

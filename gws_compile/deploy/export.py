@@ -21,9 +21,8 @@ from .folder import check_path, whole_file, whole_or_nothing, write_json
 from .gguf_file import GgufFile
 from .huggingface import is_pretrained_model
 from .manifest import MANIFEST, manifest_of
-from .plan import PlannedEntry
 from .ranks import Ranks
-from .writing import SHARD_BYTES, Writer
+from .writing import SHARD_BYTES, Group, Writer, groups_of
 
 FORMATS = (*CONTAINERS, "mxfp8_sglang", "torchao", "gguf", "dense")
 """What `gws_compile.Backend.export` takes as ``format``, beside None."""
@@ -100,17 +99,14 @@ def _export_gguf(
 def _report(
     place: Path, checkpoint: Checkpoint, tensors: Sequence[DeployedTensor], adapted: adapters.Adapters | None
 ) -> ExportReport:
-    by_tensor: dict[int, list[PlannedEntry]] = {}
-    for one in checkpoint.planned:
-        by_tensor.setdefault(id(one.entry.source.tensor), []).append(one)
     weights, rest = [], 0
-    for planned in by_tensor.values():
-        source = planned[0].entry.source
-        size = sum(stored.bytes for one in planned for stored in checkpoint.layout.tensors(one).values())
+    for group in groups_of(checkpoint.planned):
+        source = group.source
+        size = sum(stored.bytes for one in group.entries for stored in checkpoint.layout.tensors(one).values())
         if source.tensor.ndim < 2 or not source.is_parameter:
             rest += size
             continue
-        weights.append(_row(planned, size))
+        weights.append(_row(group, size))
     notes = checkpoint.notes()
     if adapted is not None and adapted.tensors:
         for name, tensor in adapted.tensors.items():
@@ -133,12 +129,11 @@ def _report(
     )
 
 
-def _row(planned: Sequence[PlannedEntry], size: int) -> ExportedWeight:
-    source = planned[0].entry.source
-    container = next((one.container.name for one in planned if one.container is not None), "dense")
-    elements = sum(math.prod(one.entry.shape) for one in planned)
-    weight = source.weight
-    reason = next((one.reason for one in planned if one.reason), "") if weight is not None else source.reason
+def _row(group: Group, size: int) -> ExportedWeight:
+    source, weight = group.source, group.source.weight
+    container = "dense" if group.container is None else group.container.name
+    elements = sum(math.prod(one.entry.shape) for one in group.entries)
+    reason = next((one.reason for one in group.entries if one.reason), "") if weight is not None else source.reason
     return ExportedWeight(
         name=source.name,
         shape=tuple(source.tensor.shape),

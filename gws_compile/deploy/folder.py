@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -85,10 +86,7 @@ class StoredTensor:
     @property
     def bytes(self) -> int:
         """Of its values."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def shards_of(groups: Sequence[Sequence[StoredTensor]], largest: int) -> list[list[int]]:

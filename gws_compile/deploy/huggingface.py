@@ -50,7 +50,7 @@ def huggingface_entries(model: Any, tensors: Sequence[DeployedTensor]) -> tuple[
     head = model.get_output_embeddings()
     for name, source, rows, shape in _converted(model, kept):
         raw = is_raw(source, tensors)
-        is_linear, because = _linear(source, name, rows, shape, head)
+        is_linear, because = _linear(source, name, shape, head)
         entries.append(Entry(name, source, rows, shape, is_linear, raw, because))
     return entries, untied
 
@@ -144,7 +144,7 @@ def _unknown_conversion(name: str, source: DeployedTensor) -> str:
 
 
 def _linear(
-    source: DeployedTensor, name: str, rows: torch.Tensor | None, shape: tuple[int, ...], head: nn.Module | None
+    source: DeployedTensor, name: str, shape: tuple[int, ...], head: nn.Module | None
 ) -> tuple[bool, str | None]:
     """Whether an engine takes a weight as that of a linear layer; and why it has to stay dense, if it has to."""
     weight = source.weight
@@ -185,26 +185,26 @@ def siblings(planned: Iterable[PlannedEntry]) -> list[list[str]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def ignored(model: nn.Module, planned: Sequence[PlannedEntry]) -> list[str]:
+def ignored(model: Any, planned: Sequence[PlannedEntry]) -> list[str]:
     """Names of the layers that stay dense, in the checkpoint's terms, a tied head among them."""
     packed = {id(one.entry.source.tensor) for one in planned if one.container is not None}
     names: dict[int, str] = {}
     for one in planned:
         if one.entry.rows is None:
             names[id(one.entry.source.tensor)] = one.entry.name
+    head = model.get_output_embeddings()
     found = []
     for path, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if not isinstance(weight, torch.Tensor) or weight.ndim < 2 or isinstance(module, nn.Embedding):
             continue
-        if id(weight) not in packed and (id(weight) in names or _is_head(model, module)):
-            name = names.get(id(weight), "") if not _is_head(model, module) else ""
-            found.append((name or f"{path.replace('.base_layer', '')}.weight").removesuffix(".weight"))
+        if id(weight) in packed:
+            continue
+        if module is head:  # by its own name: tied, its weight is stored under that of the table
+            found.append(path)
+        elif id(weight) in names:
+            found.append(names[id(weight)].removesuffix(".weight"))
     return found
-
-
-def _is_head(model: Any, module: nn.Module) -> bool:
-    return model.get_output_embeddings() is module
 
 
 def family_of(name: str) -> str:

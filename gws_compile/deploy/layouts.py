@@ -63,11 +63,8 @@ class Layout:
             container: which holds it.
             read: reads a tensor of the file by name.
         """
-        weight = one.entry.weight
-        assert weight is not None
         stored = {key: read(self.name(one.entry.name, key)) for key in self._shapes(one)}
-        group = container.group_of(weight.settings.block, *weight.shape[1:])
-        return decode_rows(stored, container, group, one.entry.shape)
+        return decode_rows(stored, container, one.group, one.entry.shape)
 
     def metadata(self) -> dict[str, str]:
         """What the header of the next file says, of what has been stored since the last one."""

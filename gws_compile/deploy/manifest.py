@@ -41,7 +41,7 @@ def manifest_of(
             "container": container.name,
             "shape": list(one.entry.shape),
             "dtype": str(weight.spec.dtype).removeprefix("torch."),
-            "group": list(container.group_of(weight.settings.block, *weight.shape[1:])),
+            "group": list(one.group),
             "tensors": {key: tensor.name for key, tensor in layout.tensors(one).items()},
         }
     return {

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
+from ..numerics.blocks import Block
 from ..warning import GwsWarning
 from .collect import DeployedTensor, DeployedWeight
 from .containers import CONTAINERS, OF_PRESET, Container, names
@@ -57,6 +58,14 @@ class PlannedEntry:
     container: Container | None = None
     shift: int = 0
     reason: str = ""
+
+    @property
+    def group(self) -> Block:
+        """Rows and columns that share a stored scale, None for a whole side; of one that is packed."""
+        weight, container = self.entry.weight, self.container
+        assert weight is not None
+        assert container is not None
+        return container.group_of(weight.settings.block, *weight.shape[1:])
 
 
 def plan(entries: Sequence[Entry], fmt: str | None, among: Sequence[str] = ()) -> list[PlannedEntry]:
@@ -132,11 +141,7 @@ def _trained(weight: DeployedWeight) -> str:
 
 
 def _remedy(entry: Entry, weight: DeployedWeight, fmt: str) -> str:
-    others = [
-        one
-        for one in CONTAINERS.values()
-        if one.name != fmt and _problem(replace(entry, dense_because=None), weight, one) is None
-    ]
+    others = [one for one in CONTAINERS.values() if one.name != fmt and _problem(entry, weight, one) is None]
     if others:
         return f"It fits into: {names(others)}. Export with one of these, or train with fmt={_preset_of(fmt)!r}"
     return f'Train with fmt={_preset_of(fmt)!r}, leave the weight alone by a rule, or export with format="dense"'
@@ -183,13 +188,11 @@ def way_of(planned: PlannedEntry) -> tuple[object, ...]:
     """What weights in one group of a configuration have in common: container and group."""
     if planned.container is None or planned.entry.weight is None:
         return ("dense",)
-    weight = planned.entry.weight
-    group = planned.container.group_of(weight.settings.block, *weight.shape[1:])
-    return (planned.container.name, *([] if not planned.container.free_group else [group[1] or "row"]))
+    return (planned.container.name, *([] if not planned.container.free_group else [planned.group[1] or "row"]))
 
 
 def stored_shapes(planned: PlannedEntry, dtype: torch.dtype) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of what is stored of an entry, by the keys of `gws_compile.deploy.encode.SUFFIXES`.
+    """Shape and dtype of what is stored of an entry, by the keys of `gws_compile.deploy.layouts.SUFFIXES`.
 
     Args:
         planned: the entry.
@@ -207,7 +210,7 @@ def stored_shapes(planned: PlannedEntry, dtype: torch.dtype) -> Mapping[str, tup
         codes = ((matrices * rows, cols * container.element.storage_bits // 8), torch.uint8)
     else:
         codes = ((matrices * rows, cols), torch.float8_e4m3fn)
-    group = container.group_of(weight.settings.block, *weight.shape[1:])
+    group = planned.group
     down = 1 if group[0] is None else -(-rows // min(group[0], weight.shape[1]))
     across = 1 if group[1] is None else -(-cols // min(group[1], cols))
     kind = {"e8m0": torch.uint8, "e4m3": torch.float8_e4m3fn, "float32": torch.float32}[container.scale]

@@ -60,8 +60,7 @@ class TorchaoLayout(Layout):
         container, weight, (rows, cols) = one.container, one.entry.weight, one.entry.shape
         assert container is not None
         assert weight is not None
-        group = container.group_of(weight.settings.block, *weight.shape[1:])
-        block = [group[0] or rows, group[1] or cols]
+        block = [one.group[0] or rows, one.group[1] or cols]
         scale = stored["scale"].view(-(-rows // block[0]), -(-cols // block[1]))
         if container.name == "int8":
             codes = container.codec.unpack(stored["packed"], cols).to(torch.int8)

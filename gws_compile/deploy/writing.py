@@ -68,23 +68,23 @@ class Writer:
         *,
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
-        self.groups = groups_of(planned)
+        self._groups = groups_of(planned)
         self._layout = layout
         self._family_of = family_of
         self._beside = beside
         self._shard_bytes = shard_bytes
         self._digests: dict[str, int] = {}
-        self.divisors: dict[str, float] = {}
+        self._divisors: dict[str, float] = {}
 
     def gathers(self) -> list[torch.Tensor]:
         """The tensors that ranks gather together, in their order."""
-        return [*(group.source.tensor for group in (*self._divided(), *self.groups)), *self._beside]
+        return [*(group.source.tensor for group in (*self._divided(), *self._groups)), *self._beside]
 
     def _divided(self) -> list[Group]:
         """The groups whose scales NVFP4's container has yet to divide: powers of two."""
         return [
             group
-            for group in self.groups
+            for group in self._groups
             if group.container is not None
             and group.container.scale == "e4m3"
             and group.source.weight is not None
@@ -108,8 +108,11 @@ class Writer:
         self._find_divisors(values)
         return write_shards(
             folder,
-            [[one for entry in group.entries for one in self._layout.tensors(entry).values()] for group in self.groups],
-            (self._made(group, next(values)) for group in self.groups),
+            [
+                [one for entry in group.entries for one in self._layout.tensors(entry).values()]
+                for group in self._groups
+            ],
+            (self._made(group, next(values)) for group in self._groups),
             self._check,
             self._layout.metadata,
             largest=self._shard_bytes,
@@ -136,9 +139,9 @@ class Writer:
             top = max((high for _, high in members.values()), default=0)
             for name in divided:
                 if family in ("", self._family_of(name)):
-                    self.divisors[name] = 2.0 ** (8 - top)
+                    self._divisors[name] = 2.0 ** (8 - top)
         for name in divided:  # of a family whose weights are all 0
-            self.divisors.setdefault(name, 1.0)
+            self._divisors.setdefault(name, 1.0)
 
     def _made(self, group: Group, value: torch.Tensor) -> Mapping[str, torch.Tensor]:
         source, weight = group.source, group.source.weight
@@ -167,8 +170,7 @@ class Writer:
                 apart = any(of_group.entry.rows is not None for of_group in group.entries)
                 encoded[key] = encode_weight(value, weight, one.container, one.shift, keep_cast=apart)
                 _finite_scales(encoded[key], value, source)
-            divisor = self.divisors.get(entry.name, self.divisors.get(group.entries[0].entry.name))
-            stored = stored_tensors(encoded[key], weight, one.container, entry.rows, divisor)
+            stored = stored_tensors(encoded[key], weight, one.container, entry.rows, self._divisors.get(entry.name))
             self._digests[entry.name] = encoded[key].digest
             if entry.rows is not None:
                 kept = encoded[key].cast
@@ -179,7 +181,7 @@ class Writer:
 
     def _check(self, number: int, read: Callable[[str], torch.Tensor]) -> None:
         """Decode what was written, and hold it to what the compiled model uses."""
-        for one in self.groups[number].entries:
+        for one in self._groups[number].entries:
             entry, container = one.entry, one.container
             if container is None or entry.weight is None:
                 same = digest(read(entry.name)) == self._digests.pop(entry.name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import torch
@@ -47,18 +47,7 @@ def sample_eager(
     of_block: dict[str, Operand] = {}
     if spec.block_values:
         amax = _block_maxima(y, block, None if spec.needs_matrix_maximum else maxima)
-        of_matrix: dict[str, Operand] = {}
-        if spec.matrix_values:
-            matrix = _block_maxima(y, (None, None), maxima, finite=True)
-            of_matrix = spec.of_matrix(p, lambda: matrix)
-        parameter = None if learned is None else learned.detach().expand(amax.shape)
-        of_block = spec.of_block(
-            p,
-            lambda: amax,
-            None if parameter is None else lambda: parameter,
-            None if clock is None else clock.__getitem__,
-            lambda name: of_matrix[name]().expand(amax.shape),
-        )
+        of_block = _of_block(spec, amax, _of_matrix(y, spec, maxima), learned, clock)
 
     def index() -> Value:
         return blocks.matrices(element_index(w.shape, whole or w.shape, offset or [0] * w.ndim, w.device))
@@ -100,21 +89,9 @@ def levels_eager(
     blocks = Blocks(w, 1, block)
     y = blocks.matrices(w)
     amax = _block_maxima(y, block, None if spec.needs_matrix_maximum else maxima)
-    encode: torch.Tensor | None = None
-    of_matrix: dict[str, Operand] = {}
-    if spec.needs_matrix_maximum:
-        matrix = _block_maxima(y, (None, None), maxima, finite=True)
-        of_matrix = spec.of_matrix(p, lambda: matrix)
-        encode = of_matrix["encode"]()
-    parameter = None if learned is None else learned.detach().expand(amax.shape)
-    of_block = spec.of_block(
-        p,
-        lambda: amax,
-        None if parameter is None else lambda: parameter,
-        None,
-        lambda name: of_matrix[name]().expand(amax.shape),
-    )
-    of_block = {name: cache(value) for name, value in of_block.items()}
+    of_matrix = _of_matrix(y, spec, maxima)
+    encode = of_matrix["encode"]() if of_matrix else None
+    of_block = {name: cache(value) for name, value in _of_block(spec, amax, of_matrix, learned, None).items()}
     levels, value = spec.levels_of_element(p, y, lambda name: blocks.expand(of_block[name]()))
     cast = value.to(w.dtype)
     if encode is not None:
@@ -124,6 +101,32 @@ def levels_eager(
     else:
         x = torch.ones_like(amax)
     return cast, levels, x.view(torch.float32), encode
+
+
+def _of_matrix(y: torch.Tensor, spec: SampleSpec, maxima: torch.Tensor | None) -> dict[str, Operand]:
+    """`SampleSpec.of_matrix` of (matrices, rows, columns)."""
+    if not spec.matrix_values:
+        return {}
+    matrix = _block_maxima(y, (None, None), maxima, finite=True)
+    return spec.of_matrix(TorchPrimitives(), lambda: matrix)
+
+
+def _of_block(
+    spec: SampleSpec,
+    amax: torch.Tensor,
+    of_matrix: Mapping[str, Operand],
+    learned: torch.Tensor | None,
+    clock: torch.Tensor | None,
+) -> dict[str, Operand]:
+    """`SampleSpec.of_block`, from the maxima of the blocks."""
+    parameter = None if learned is None else learned.detach().expand(amax.shape)
+    return spec.of_block(
+        TorchPrimitives(),
+        lambda: amax,
+        None if parameter is None else lambda: parameter,
+        None if clock is None else clock.__getitem__,
+        lambda name: of_matrix[name]().expand(amax.shape),
+    )
 
 
 def _block_maxima(
