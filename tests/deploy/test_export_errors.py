@@ -50,13 +50,28 @@ def exported(weight: torch.Tensor, folder, format=None, **settings) -> None:
         ),
         ({"fmt": "mxfp8"}, "fp8", (32, 32), "format must be one of None, 'mxfp4', 'nvfp4', 'int4', 'mxfp6'"),
         ({"fmt": "mxfp8"}, "gguf", (32, 32), "format='gguf' is that of a Hugging Face model, and this is a Layer"),
-        ({"fmt": "mxfp8"}, "torchao", (64, 64), "no weight can be packed, so nothing low-bit comes out: fc.weight:"),
     ],
 )  # fmt: skip
 def test_a_weight_that_does_not_fit(settings, format, shape, message, tmp_path):
     with pytest.raises(ValueError) as caught:
         exported(torch.randn(shape), tmp_path, format, **settings)
     assert message in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_weight_that_torchao_has_no_tensor_for(tmp_path):
+    pytest.importorskip("torchao")
+    with pytest.raises(ValueError, match=r"no weight can be packed, so nothing low-bit comes out: fc.weight:"):
+        exported(torch.randn(64, 64), tmp_path, "torchao", fmt="mxfp8")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_torchao_that_is_missing_is_said(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    for name in [name for name in sys.modules if name.startswith("torchao.")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=r'format="torchao" needs torchao: pip install torchao'):
+        exported(torch.randn(64, 64), tmp_path, "torchao", fmt="fp8_tensor")
     assert list(tmp_path.iterdir()) == []
 
 
