@@ -24,6 +24,7 @@ The layers, from above; each imports only from those below it:
     codegen                 Inductor's lowerings and loops, the C++ kernel
     ops                     the operators and the public references
     config                  the settings of a backend
+    recipes                 named recipes, a file each
     settings                what they consist of: settings of a weight, rules, schedules, learned widths
     weight_names            qualified names of weights
     source_names            what Dynamo's sources say of a weight
@@ -43,11 +44,15 @@ from .numerics.formats import FORMATS, FloatFormat
 from .numerics.integers import IntFormat
 from .numerics.presets import PRESETS, Preset
 from .ops.reference import quantize, sample
+from .recipes import RECIPES
 from .report.metrics import Metrics, WeightMetrics
 from .report.records import GraphBreak, GraphRecord, ReadRecord, WeightRecord
 from .report.report import Report
+from .settings.attention import AttentionOperands
 from .settings.learned_bits import LearnedBits
 from .settings.model_blocks import edge_blocks
+from .settings.operands import Operand
+from .settings.recipe import Recipe
 from .settings.schedule import Schedule
 from .warning import GwsWarning
 
@@ -56,6 +61,8 @@ __all__ = [
     "DEFAULT_EXCLUDE",
     "FORMATS",
     "PRESETS",
+    "RECIPES",
+    "AttentionOperands",
     "Backend",
     "BitsSummary",
     "ExportReport",
@@ -67,8 +74,10 @@ __all__ = [
     "IntFormat",
     "LearnedBits",
     "Metrics",
+    "Operand",
     "Preset",
     "ReadRecord",
+    "Recipe",
     "Report",
     "Schedule",
     "WeightMetrics",

@@ -12,7 +12,10 @@ from .numerics.blocks import Block
 from .numerics.elements import ElementFormat
 from .numerics.noise import Noise
 from .report.report import Report
+from .settings.attention import AttentionLike
 from .settings.learned_bits import LearnedBits
+from .settings.operands import OperandLike
+from .settings.recipe import Recipe
 from .settings.rules import RuleLike
 from .settings.schedule import Schedule
 from .settings.weight_settings import DEFAULT_FORMAT, ScaleSetting
@@ -21,12 +24,16 @@ from .settings.weight_settings import DEFAULT_FORMAT, ScaleSetting
 def backend(
     fmt: str | ElementFormat | None = DEFAULTS.fmt,
     *,
-    noise: Noise = DEFAULTS.noise,
+    noise: Noise | None = DEFAULTS.noise,
     bits: float | LearnedBits | None = DEFAULTS.bits,
     block: Block | None = DEFAULTS.block,
     scale: ScaleSetting = DEFAULTS.scale,
     rules: Iterable[RuleLike] = DEFAULTS.rules,
     schedule: Schedule | None = DEFAULTS.schedule,
+    activations: OperandLike = DEFAULTS.activations,
+    gradients: OperandLike = DEFAULTS.gradients,
+    attention: AttentionLike = DEFAULTS.attention,
+    recipe: str | Recipe | None = DEFAULTS.recipe,
     include: str | Iterable[str] | None = DEFAULTS.include,
     exclude: str | Iterable[str] | None = DEFAULTS.exclude,
     seed: int = DEFAULTS.seed,
@@ -47,7 +54,7 @@ def backend(
             `IntFormat`; or a name in `PRESETS`, which also says block and scale; ``"fp8_e4m3"`` when None. With learned
             widths it is the format of training, and the widest of their formats (bf16) when None.
         noise: law of R: ``"rounded_normal"``, round(N(0,1) / 2); ``"uniform"``, DiffQ's U(-1/2, 1/2); ``"none"``, the
-            cast alone with a straight-through gradient.
+            cast alone with a straight-through gradient. When None ``"rounded_normal"``, or what the recipe says.
         bits: bit width b, 2 to 24, of the noise amplitude; when None the format's mantissa bits + 2, and N for intN.
             `LearnedBits` for widths that are trained.
         block: rows and columns that share a maximum and a scale, None for a whole side: (1, None) is a row,
@@ -58,7 +65,16 @@ def backend(
         rules: settings by name, the first that matches wins: ``(glob, "nvfp4")``, ``(glob, {"fmt": ..., "bits": ...,
             "block": ..., "scale": ..., "noise": ...})``, or ``(glob, None)`` for weights that are left alone. Weights
             that ``exclude`` names stay so.
-        schedule: `Schedule` of the noise: from which draw to which, and its bit width over draws.
+        schedule: `Schedule` of the noise: from which draw to which, and its bit width over draws; and of the products
+            that are rounded.
+        activations: how the activations that weights are multiplied with are rounded, an `Operand` or a format, in
+            forward and in wgrad. Not at all when None.
+        gradients: how the gradients that come in from behind are rounded, an `Operand` or a format, in dgrad and in
+            wgrad. Not at all when None.
+        attention: how queries, keys, values and probabilities of attention are rounded: `AttentionOperands`, an
+            `Operand` or a format for all four, or ``"fp8_tiles"``. Not at all when None.
+        recipe: settings of weights, activations, gradients and attention by one name: ``"mxfp8"``, ``"mxfp4"``,
+            ``"nvfp4"``, ``"fp8_block"``, ``"fp8_tensor"``, ``"exmy"``, or a `Recipe`. Other arguments win over it.
         include: globs on qualified names; only weights that match one are rewritten. All when None.
         exclude: globs on qualified names that are left alone; output heads and routers by default. It wins over
             ``include``.
@@ -85,6 +101,10 @@ def backend(
             scale=scale,
             rules=rules,
             schedule=schedule,
+            activations=activations,
+            gradients=gradients,
+            attention=attention,
+            recipe=recipe,
             include=include,
             exclude=exclude,
             seed=seed,

@@ -12,9 +12,14 @@ import torch
 from .numerics.blocks import Block
 from .numerics.elements import ElementFormat
 from .numerics.noise import Noise
+from .numerics.presets import read_format
 from .numerics.scales import Scale
 from .numerics.spec import SampleSpec
+from .recipes import as_recipe
+from .settings.attention import AttentionLike, AttentionOperands, as_attention
 from .settings.learned_bits import LearnedBits
+from .settings.operands import Operand, OperandLike, ProductSettings, as_operand, check_role
+from .settings.recipe import Recipe
 from .settings.rules import Rule, RuleLike, make_rules
 from .settings.schedule import Schedule
 from .settings.weight_settings import (
@@ -92,11 +97,11 @@ class Settings:
             "metavar": "FORMAT",
         },
     )
-    noise: Noise = field(
-        default="rounded_normal",
+    noise: Noise | None = field(
+        default=None,
         metadata={
             "help": 'law of R: "rounded_normal", round(N(0,1) / 2); "uniform", DiffQ\'s U(-1/2, 1/2); "none", the cast '
-            "alone with a straight-through gradient.",
+            'alone with a straight-through gradient. When None "rounded_normal", or what the recipe says.',
             "metavar": "LAW",
         },
     )
@@ -138,8 +143,41 @@ class Settings:
     schedule: Schedule | None = field(
         default=None,
         metadata={
-            "help": "`Schedule` of the noise: from which draw to which, and its bit width over draws.",
+            "help": "`Schedule` of the noise: from which draw to which, and its bit width over draws; and of the "
+            "products that are rounded.",
             "metavar": "SCHEDULE",
+        },
+    )
+    activations: OperandLike = field(
+        default=None,
+        metadata={
+            "help": "how the activations that weights are multiplied with are rounded, an `Operand` or a format, in "
+            "forward and in wgrad. Not at all when None.",
+            "metavar": "OPERAND",
+        },
+    )
+    gradients: OperandLike = field(
+        default=None,
+        metadata={
+            "help": "how the gradients that come in from behind are rounded, an `Operand` or a format, in dgrad and in "
+            "wgrad. Not at all when None.",
+            "metavar": "OPERAND",
+        },
+    )
+    attention: AttentionLike = field(
+        default=None,
+        metadata={
+            "help": "how queries, keys, values and probabilities of attention are rounded: `AttentionOperands`, an "
+            '`Operand` or a format for all four, or "fp8_tiles". Not at all when None.',
+            "metavar": "OPERAND",
+        },
+    )
+    recipe: str | Recipe | None = field(
+        default=None,
+        metadata={
+            "help": 'settings of weights, activations, gradients and attention by one name: "mxfp8", "mxfp4", "nvfp4", '
+            '"fp8_block", "fp8_tensor", "exmy", or a `Recipe`. Other arguments win over it.',
+            "metavar": "NAME",
         },
     )
     include: str | Iterable[str] | None = field(
@@ -211,6 +249,10 @@ class Config:
     weights: WeightSettings
     rules: tuple[Rule, ...]
     schedule: Schedule | None
+    activations: Operand | None
+    gradients: Operand | None
+    attention: AttentionOperands | None
+    recipe: str | Recipe | None
     include: tuple[str, ...] | None
     exclude: tuple[str, ...]
     seed: int
@@ -223,12 +265,16 @@ class Config:
     def make(
         fmt: str | ElementFormat | None = DEFAULTS.fmt,
         *,
-        noise: Noise = DEFAULTS.noise,
+        noise: Noise | None = DEFAULTS.noise,
         bits: float | LearnedBits | None = DEFAULTS.bits,
         block: Block | None = DEFAULTS.block,
         scale: ScaleSetting = DEFAULTS.scale,
         rules: Iterable[RuleLike] = DEFAULTS.rules,
         schedule: Schedule | None = DEFAULTS.schedule,
+        activations: OperandLike = DEFAULTS.activations,
+        gradients: OperandLike = DEFAULTS.gradients,
+        attention: AttentionLike = DEFAULTS.attention,
+        recipe: str | Recipe | None = DEFAULTS.recipe,
         include: str | Iterable[str] | None = DEFAULTS.include,
         exclude: str | Iterable[str] | None = DEFAULTS.exclude,
         seed: int = DEFAULTS.seed,
@@ -242,7 +288,13 @@ class Config:
         Raises:
             ValueError: a bad value; the message names it and what is accepted.
         """
-        given = GivenSettings(fmt, noise, bits, block, scale)
+        made = as_recipe(recipe, fmt)
+        given = _given(made, fmt, noise, bits, block, scale)
+        if made is not None:
+            rules = (*_listed(rules), *made.rules)
+            activations = made.activations if activations is None else activations
+            gradients = made.gradients if gradients is None else gradients
+            attention = made.attention if attention is None else attention
         if schedule is not None and not isinstance(schedule, Schedule):
             raise ValueError(f"schedule must be a Schedule or None, got {schedule!r}")
         scheduled = schedule is not None and bool(schedule.bits)
@@ -255,10 +307,17 @@ class Config:
             raise ValueError(f"inner must be one of {', '.join(map(repr, INNERS))} or a callable, got {inner!r}")
         if not isinstance(strict, bool):
             raise ValueError(f"strict must be True or False, got {strict!r}")
+        activations, gradients = as_operand("activations", activations), as_operand("gradients", gradients)
+        check_role("activations", activations, ("forward", "wgrad"))
+        check_role("gradients", gradients, ("dgrad", "wgrad"))
         config = Config(
             weights=weights,
             rules=make_rules(rules, given, scheduled=scheduled),
             schedule=schedule,
+            activations=activations,
+            gradients=gradients,
+            attention=as_attention(attention),
+            recipe=recipe,
             include=None if include is None else _patterns("include", include),
             exclude=_patterns("exclude", exclude or ()),
             seed=seed,
@@ -267,6 +326,7 @@ class Config:
             inner=inner,
             strict=strict,
         )
+        _check_operands(config)
         if schedule is not None:
             _check_schedule(schedule, config, bits)
         return config
@@ -300,6 +360,12 @@ class Config:
     def scale(self) -> Scale:
         """Rule of the block scale."""
         return self.weights.scale
+
+    @property
+    def products(self) -> ProductSettings:
+        """How the other operands are rounded in the products that read a sampled weight."""
+        moved = self.schedule is not None and self.schedule.moves_products
+        return ProductSettings(self.activations, self.gradients, moved)
 
     @property
     def draws_noise(self) -> bool:
@@ -340,16 +406,68 @@ class Config:
         elif self.weights.scheduled:
             values["bits"] = "of the schedule"
         values["rules"] = tuple(rule.text for rule in self.rules)
+        for name in ("activations", "gradients", "attention"):
+            values[name] = None if values[name] is None else values[name].text
+        if isinstance(self.recipe, Recipe):
+            values["recipe"] = "a Recipe"
         if callable(self.inner):
             values["inner"] = getattr(self.inner, "__name__", type(self.inner).__name__)
         return {name: _text(value) for name, value in values.items()}
 
 
+def _given(
+    recipe: Recipe | None,
+    fmt: str | ElementFormat | None,
+    noise: Noise | None,
+    bits: float | LearnedBits | None,
+    block: Block | None,
+    scale: ScaleSetting,
+) -> GivenSettings:
+    """What is given of the weights; what is not, the recipe says. A format has its own width, block and scale."""
+    of_recipe = {} if recipe is None else recipe.of_weights
+    if fmt is not None and of_recipe.get("fmt") != fmt:
+        of_recipe = {key: value for key, value in of_recipe.items() if key in ("noise", *_kept(of_recipe, fmt))}
+    return GivenSettings(
+        fmt=of_recipe.get("fmt") if fmt is None else fmt,
+        noise=of_recipe.get("noise", "rounded_normal") if noise is None else noise,
+        bits=of_recipe.get("bits") if bits is None else bits,
+        block=of_recipe.get("block") if block is None else block,
+        scale=of_recipe.get("scale", "auto") if scale == "auto" else scale,
+    )
+
+
+def _kept(of_recipe: dict[str, Any], fmt: str | ElementFormat) -> tuple[str, ...]:
+    """What a recipe says of the weights beside their format, where that is given in another spelling."""
+    try:
+        return ("block", "scale", "bits") if of_recipe.get("fmt") == read_format(fmt)[0] else ()
+    except ValueError:
+        return ()
+
+
+def _listed(rules: Iterable[RuleLike]) -> tuple[RuleLike, ...]:
+    return tuple(rules) if isinstance(rules, (list, tuple)) else rules  # type: ignore[return-value]
+
+
+def _check_operands(config: Config) -> None:
+    rounded = [name for name in ("activations", "gradients") if getattr(config, name) is not None]
+    if config.inner == "eager" and config.products.change_something:
+        raise ValueError(
+            f"inner='eager' has no graph of the products in which {' and '.join(rounded) or 'operands'} could be "
+            "rounded: use 'aot_eager' or 'inductor'"
+        )
+    gradients, activations = config.gradients, config.activations
+    if gradients is not None and gradients.hadamard and activations is None:
+        _warn(
+            f"gradients: hadamard={gradients.hadamard} transforms the activations of wgrad too, and activations=None "
+            "does not round them there: give both"
+        )
+
+
 def _check_schedule(schedule: Schedule, config: Config, bits: float | LearnedBits | None) -> None:
     weights = config.weights
     if schedule.changes_nothing:
-        _warn("schedule=Schedule() changes nothing: give start, stop or bits")
-    elif not config.draws_noise:
+        _warn("schedule=Schedule() changes nothing: give start, stop, bits, or the steps of a product")
+    elif not config.draws_noise and (schedule.draws_from_to or schedule.bits):
         _warn(f"schedule=Schedule({schedule}) has no effect with noise='none'")
     if not schedule.bits:
         return

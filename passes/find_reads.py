@@ -22,6 +22,7 @@ from .gradient_modes import Modes, gradient_modes
 from .graph_walk import GRADIENTS, End, Place, Step, walk
 from .parameter_constants import parameters_alone, reader_of
 from .rewrite_context import Rewrite
+from .summed_sides import read_sums_over_rows
 from .weights import Read, Use, Weight
 
 
@@ -97,7 +98,8 @@ def _note_uses(weight: Weight, place: Place, constants: set[fx.Node]) -> None:
             op = operations.name_of(node)
             dims = way.batch_dims if op in operations.CONVOLUTIONS else len(weight.shape) - 2
             gradients = not way.ends.isdisjoint(GRADIENTS)
-            weight.reads.append(Read(node, op, dims, _location(node), gradients))
+            over_rows = read_sums_over_rows(example_value(weight.node), dims, node, way.place.node)
+            weight.reads.append(Read(node, op, dims, _location(node), gradients, sums_over_rows=over_rows))
         elif step.kind == "in_place" or operations.is_in_place(node, way.place.node):  # a product may write it too
             _note_written(weight, way, constants)
         elif step.kind == "embedding":

@@ -14,19 +14,23 @@ from gws_compile.numerics.shards import ShardRange
 class InputLayout:
     """The inputs that the rewritten graph takes behind its own.
 
-    For each device: an int32 (2,) key of each weight and an int32 (4,) clock, in this order. Then the parameters of
+    For each device: an int32 (2,) key of each weight and an int32 (5,) clock, in this order. Then the parameters of
     learned widths.
 
     Attributes:
         positions: per device, the input positions of the weights that the keys are of.
         names: per device, those weights' qualified names.
         trainable: input position, name and ``requires_grad`` of each rewritten weight, where noise depends on it.
+        drawing: input positions of the weights with whose keys something is drawn.
+        training: whether a call is a training forward of which a draw's number is needed.
         learned: the weights whose widths are inputs, in this order.
     """
 
     positions: dict[torch.device, tuple[int, ...]] = field(default_factory=dict)
     names: dict[torch.device, tuple[str, ...]] = field(default_factory=dict)
     trainable: tuple[tuple[int, str, bool], ...] = ()
+    drawing: frozenset[int] = frozenset()
+    training: bool = False
     learned: tuple[LearnedInput, ...] = ()
 
 

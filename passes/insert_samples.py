@@ -11,6 +11,7 @@ from torch import fx
 from gws_compile.config import Config
 from gws_compile.numerics.blocks import block_argument, block_counts, clamped, matrix_shape
 from gws_compile.numerics.shards import ShardRange, from_local_like
+from gws_compile.numerics.spec import CLOCK_WORDS
 from gws_compile.numerics.widths import parameter_shape
 from gws_compile.ops.sample_arguments import MaximumArguments, SampleArguments
 from gws_compile.torch_internals.distributed import local_example, maximum_over_ranks
@@ -67,17 +68,17 @@ def insert_samples(rewrite: Rewrite, *, config: Config) -> None:
         rewrite: the graph; changed in place, and its checkpoint bodies.
         config: ``backward`` becomes an argument of the operator, as format, noise, block and scale of a weight do.
     """
-    noisy = [weight for weight in rewrite.selected if weight.noisy]
+    keyed = [weight for weight in rewrite.selected if weight.keyed]
     learned = [weight for weight in rewrite.selected if weight.sampled_as.learned is not None and weight.trainable]
     inserter = _Inserter(rewrite, config)
-    keys, clocks = _add_keys(rewrite.module, noisy)
+    keys, clocks = _add_keys(rewrite.module, keyed)
     widths = {weight.position: _add_widths(rewrite.module, weight, i) for i, weight in enumerate(learned)}
     for weight in rewrite.selected:
-        clock = clocks[weight.device] if weight.noisy else None
-        inputs = _Inputs(keys.get(weight.position), clock, widths.get(weight.position))
+        clock = clocks[weight.device] if weight.keyed else None
+        inputs = _Inputs(keys.get(weight.position), clock, widths.get(weight.position), weight.noisy)
         inserter.insert(weight, weight.place, inputs)
     inserter.drop_unused()
-    rewrite.layout = _layout(rewrite, noisy, learned)
+    rewrite.layout = _layout(rewrite, keyed, learned)
 
 
 def without_samples(rewrite: Rewrite) -> None:
@@ -88,32 +89,34 @@ def without_samples(rewrite: Rewrite) -> None:
             read.noisy = False
 
 
-def _layout(rewrite: Rewrite, noisy: list[Weight], learned: list[Weight]) -> InputLayout:
-    by_device = {device: [w for w in noisy if w.device == device] for device in dict.fromkeys(w.device for w in noisy)}
+def _layout(rewrite: Rewrite, keyed: list[Weight], learned: list[Weight]) -> InputLayout:
+    by_device = {device: [w for w in keyed if w.device == device] for device in dict.fromkeys(w.device for w in keyed)}
     trained = [w for w in rewrite.selected if w.gradients and w.sampled_as.noise != "none"]
     return InputLayout(
         positions={device: tuple(w.position for w in weights) for device, weights in by_device.items()},
         names={device: tuple(w.name for w in weights) for device, weights in by_device.items()},
         trainable=tuple((w.position, w.name, w.trainable) for w in trained),
+        drawing=frozenset(w.position for w in keyed if w.draws),
+        training=rewrite.gradients and bool(keyed),
         learned=tuple(
             LearnedInput(w.position, w.name, w.reads[0].batch_dims, w.sampled_as.block, w.shard) for w in learned
         ),
     )
 
 
-def _add_keys(gm: fx.GraphModule, noisy: list[Weight]) -> tuple[dict[int, fx.Node], dict[torch.device, fx.Node]]:
+def _add_keys(gm: fx.GraphModule, keyed: list[Weight]) -> tuple[dict[int, fx.Node], dict[torch.device, fx.Node]]:
     """Inputs for the keys, by the weights' positions, and for the clock of each device, behind its keys."""
     keys: dict[int, fx.Node] = {}
     clocks: dict[torch.device, fx.Node] = {}
-    devices = list(dict.fromkeys(weight.device for weight in noisy))
+    devices = list(dict.fromkeys(weight.device for weight in keyed))
     for i, device in enumerate(devices):
-        members = [weight for weight in noisy if weight.device == device]
+        members = [weight for weight in keyed if weight.device == device]
         suffix = f"_{i}" if len(devices) > 1 else ""
         example = example_value(members[0].node)
         for weight in members:
             key = fake_like(torch.zeros(2, dtype=torch.int32, device=device), example)
             keys[weight.position] = add_placeholder(gm.graph, f"gws_key_{len(keys)}", key)
-        clock = fake_like(torch.zeros(4, dtype=torch.int32, device=device), example)
+        clock = fake_like(torch.zeros(CLOCK_WORDS, dtype=torch.int32, device=device), example)
         clocks[device] = add_placeholder(gm.graph, f"gws_clock{suffix}", clock)
     return keys, clocks
 
@@ -139,10 +142,16 @@ class _Inputs:
     key: fx.Node | None
     clock: fx.Node | None
     widths: fx.Node | None
+    noisy: bool
 
     def without_noise(self) -> _Inputs:
         """Those of the cast alone."""
-        return replace(self, key=None, clock=None)
+        return replace(self, noisy=False)
+
+    def inside(self, body: fx.GraphModule, call: fx.Node) -> _Inputs:
+        """Those inside of a checkpoint's body."""
+        key, clock, widths = (_as_operand(body, call, given) for given in (self.key, self.clock, self.widths))
+        return _Inputs(key, clock, widths, self.noisy)
 
 
 class _Transforms:
@@ -208,7 +217,7 @@ class _Inserter:
         if step.ends.isdisjoint(GRADIENTS):
             inputs = inputs.without_noise()
         body = step.places[0].module
-        inside = _Inputs(*(_as_operand(body, step.node, given) for given in (inputs.key, inputs.clock, inputs.widths)))
+        inside = inputs.inside(body, step.node)
         for onward in step.places:
             self.insert(weight, onward, inside)
 
@@ -276,16 +285,17 @@ class _Inserter:
         return found
 
     def _arguments(self, weight: Weight, held: fx.Node, maxima: fx.Node | None, inputs: _Inputs) -> SampleArguments:
-        settings, shard = weight.sampled_as, weight.shard
+        settings, shard, products = weight.sampled_as, weight.shard, weight.products
         learned = settings.learned if inputs.widths is not None else None
+        keyed = inputs.noisy or (weight.trains and products.draws)
         return SampleArguments(
             w=held,
-            key=inputs.key,
-            clock=inputs.clock,
+            key=inputs.key if keyed else None,
+            clock=inputs.clock if keyed or products.scheduled else None,
             batch_dims=weight.reads[0].batch_dims,
             fmt=settings.fmt.spec,
-            bits=None if settings.scheduled and inputs.clock is not None else settings.bits,
-            noise=settings.noise if inputs.key is not None else "none",
+            bits=None if settings.scheduled and inputs.noisy else settings.bits,
+            noise=settings.noise if inputs.noisy else "none",
             block=block_argument(settings.block),
             scale=settings.scale or "",
             learned=inputs.widths,
@@ -295,6 +305,8 @@ class _Inserter:
             maxima=maxima,
             out_dtype=None,
             keep=self._config.backward == "save",
+            switch=products.switch("forward"),
+            products=replace(products, number=len(self._rewrite.samples)).spec,
         )
 
     def _redirect(

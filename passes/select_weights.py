@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from gws_compile.config import Config
 from gws_compile.numerics.scales import needs_block_maximum
 from gws_compile.numerics.shards import ShardRange
@@ -32,16 +34,25 @@ def select_weights(rewrite: Rewrite, *, config: Config) -> None:
         ValueError: a block of a sharded weight lies on several ranks, and is not as long as the weight.
     """
     for weight in rewrite.weights:
-        weight.settings = config.settings_of(weight.names)
+        weight.settings = _along(weight, config.settings_of(weight.names), config)
         weight.reason, weight.may_be_read = _judge(weight, config)
     for weight in rewrite.weights:
         if weight.shard is not None and weight.settings is not None and weight.reads:
             _check_ranks(weight, weight.shard, weight.settings)
     for weight in rewrite.selected:
+        weight.products, weight.trains = config.products, rewrite.gradients
         for read in weight.reads:
             read.noisy = weight.sampled_as.noise != "none" and weight.trainable and read.gradients
         if weight.shard is not None:
             _check_shard(weight, weight.shard, weight.sampled_as)
+
+
+def _along(weight: Weight, settings: WeightSettings | None, config: Config) -> WeightSettings | None:
+    """The settings with their block turned, where it is to run along what is summed over, and that is the rows."""
+    if settings is None or settings.learned is not None or not config.products.rounds or not weight.reads:
+        return settings
+    rows, cols = settings.block
+    return replace(settings, block=(cols, rows)) if weight.reads[0].sums_over_rows else settings
 
 
 def _check_ranks(weight: Weight, shard: ShardRange, settings: WeightSettings) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from gws_compile.numerics.shards import ShardRange
+from gws_compile.settings.operands import ProductSettings
 from gws_compile.settings.weight_settings import WeightSettings
 
 from .graph_walk import Place
@@ -28,6 +29,8 @@ class Read:
         gradients: whether gradients flow through it to the weight: they are enabled all along the way from the weight,
             and there is no ``detach`` on it.
         noisy: whether it gets noise, not the cast alone; of `select_weights`.
+        sums_over_rows: whether it sums over the rows of the weight's matrices, not over their columns; None where that
+            cannot be told.
     """
 
     node: fx.Node
@@ -36,6 +39,7 @@ class Read:
     location: str
     gradients: bool = True
     noisy: bool = False
+    sums_over_rows: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ class Weight:
         written: it is written in place.
         other_uses: what uses it otherwise.
         settings: how it is sampled, by its name; of `select_weights`. None for one that a rule leaves alone.
+        products: how the other operands are rounded in the products that read it; of `select_weights`.
+        trains: whether its graph is one of a training forward, with gradients enabled; of `select_weights`.
         reason: why it is left alone; None while it is to be rewritten.
         may_be_read: whether it is left alone although the graph multiplies by it, or may do so: a custom operator or a
             higher-order one uses it, it is computed with before a read, or its dtype, class or place in memory is in
@@ -99,6 +105,8 @@ class Weight:
     written: bool = False
     other_uses: list[Use] = field(default_factory=list)
     settings: WeightSettings | None = None
+    products: ProductSettings = field(default_factory=ProductSettings)
+    trains: bool = False
     reason: str | None = None
     may_be_read: bool = False
 
@@ -122,6 +130,16 @@ class Weight:
     def noisy(self) -> bool:
         """Whether a read of it gets noise in this graph; others may get the cast alone all the same."""
         return any(read.noisy for read in self.reads)
+
+    @property
+    def draws(self) -> bool:
+        """Whether anything is drawn with its key: noise, or the rounding of the gradients that come to its products."""
+        return self.noisy or (self.trains and self.products.draws)
+
+    @property
+    def keyed(self) -> bool:
+        """Whether its key and the clock are inputs."""
+        return self.draws or self.products.scheduled
 
     @property
     def gradients(self) -> bool:

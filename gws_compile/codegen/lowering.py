@@ -14,13 +14,23 @@ from typing import Any
 
 import torch
 
-from ..numerics.primitives import Value
+from ..numerics.float32 import SIGN
+from ..numerics.hadamard import transform
+from ..numerics.primitives import Value, wrap_int32
 from ..numerics.spec import SampleSpec, Words
-from ..ops.sample_arguments import BitsGradientArguments, MaximumArguments, SampleArguments
+from ..ops import hadamard, round_operand, sample_weight  # noqa: F401  (register the operators)
+from ..ops.sample_arguments import (
+    BitsGradientArguments,
+    HadamardArguments,
+    MaximumArguments,
+    RoundArguments,
+    SampleArguments,
+)
 from ..torch_internals import inductor
 from .block_loops import BlockLoops
 from .cpp import kernel
 from .element_loops import ElementLoops
+from .inductor_primitives import InductorPrimitives
 from .loops import Index, Loader, Loops
 
 
@@ -41,8 +51,16 @@ def _loops_over(w: Any, batch_dims: int, block: Sequence[int], whole: Sequence[i
 
 def _lower(*arguments: Any) -> Any:
     given = SampleArguments(*arguments)
+    return _lower_cast(given, given.spec(given.w.get_dtype()))
+
+
+def _lower_round(*arguments: Any) -> Any:
+    given = RoundArguments(*arguments)
+    return _lower_cast(given.as_sample, given.spec(given.x.get_dtype()))
+
+
+def _lower_cast(given: SampleArguments, spec: SampleSpec) -> Any:
     w = given.w
-    spec = given.spec(w.get_dtype())
     alone = not inductor.has_pointwise_user()
     if spec.needs_matrix_maximum and spec.block_values and given.maxima is None:
         given = replace(given, maxima=_maxima(w, given.batch_dims, (0, 0), finite=True))
@@ -53,10 +71,11 @@ def _lower(*arguments: Any) -> Any:
     # Learned widths take several values for each block, which are stored: on a GPU, in a kernel of their own.
     in_blocks = alone and spec.rule is None and given.block_maxima is None
     loops = _loops_over(w, given.batch_dims, given.block, given.whole, in_blocks=in_blocks)
-    key, clock = (_words(given.key), _words(given.clock)) if spec.noisy else (None, None)
+    key = _words(given.key) if spec.keyed else None
+    clock = _words(given.clock) if spec.clocked else None
     of_block = _block_values(loops, spec, given, clock)
     load = loops.sampled_load()
-    element_index = loops.element_index(*given.part) if spec.noisy else None
+    element_index = loops.element_index(*given.part) if spec.keyed else None
 
     def element(index: Index) -> Value:
         w, block = load(index), loops.block_of(index)
@@ -167,11 +186,42 @@ def _lower_gradient(*arguments: Any) -> Any:
     return inductor.pointwise(device=device, dtype=torch.float32, value=of_parameter, ranges=list(learned.get_size()))
 
 
+def _lower_hadamard(*arguments: Any) -> Any:
+    given = HadamardArguments(*arguments)
+    p = InductorPrimitives()
+    x, dtype = given.x, given.x.get_dtype()
+    shape = x.get_size()
+    x.realize()  # each element is read as often as its group has elements
+    load_x = x.make_loader()
+
+    def element(index: Index) -> Value:
+        leading, row = list(index[: given.batch_dims]), index[given.batch_dims]
+        col = inductor.flatten(index[given.batch_dims + 1 :], shape[given.batch_dims + 1 :])
+        along = row if given.rows else col
+        first = inductor.floordiv(along, given.size) * given.size
+        position = inductor.ops.index_expr(inductor.modular(along, 1, given.size), torch.int32)
+
+        def load(i: int) -> Value:
+            at = (first + i, col) if given.rows else (row, first + i)
+            trailing = inductor.unflatten(at[1], shape[given.batch_dims + 1 :])
+            return inductor.ops.to_dtype(load_x([*leading, at[0], *trailing]), torch.float32)
+
+        def flip(bit: int) -> Value:
+            return p.iand(p.imul(position, wrap_int32(1 << (31 - bit))), SIGN)
+
+        return transform(p, load, flip, given.size, dtype)
+
+    value = inductor.pointwise(device=x.get_device(), dtype=torch.float32, value=element, ranges=list(shape))
+    return inductor.to_dtype(value, dtype)
+
+
 def _lower_maximum(*arguments: Any) -> Any:
     given = MaximumArguments(*arguments)
     return _maxima(given.w, given.batch_dims, given.block, finite=given.finite)
 
 
 inductor.register_lowering(torch.ops.gws.sample_weight.default, _lower)
+inductor.register_lowering(torch.ops.gws.round_operand.default, _lower_round)
+inductor.register_lowering(torch.ops.gws.hadamard.default, _lower_hadamard)
 inductor.register_lowering(torch.ops.gws.weight_maximum.default, _lower_maximum)
 inductor.register_lowering(torch.ops.gws.bits_gradient.default, _lower_gradient)

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..config import Config, Inner
+from ..config import Config
 from ..passes import Rewrite, treatment_of
 from ..passes.bodies import copy_with_bodies
+from ..passes.products import identity, round_operands
 from ..runtime.binding import Binding, Bindings
 from ..runtime.clock import Clock, DrawState
 from ..runtime.recomputation import Recomputations
 from ..torch_internals import compilers
 from ..torch_internals.autograd import inside_backward
+from ..torch_internals.compilers import GraphPass
 from ..torch_internals.fake_tensors import any_fake
 from ..torch_internals.graphs import example_value
 from ..torch_internals.recomputation import inside_function_forward, regions
@@ -74,7 +76,7 @@ class GraphCompiler:
         """
 
         def compile(module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
-            return _compile(module, inputs, self.config.inner, mode, options)
+            return _compile(module, inputs, self.config, mode, options)
 
         # Fake tensors of fixed shape: AOTAutograd gives real inputs without a source symbolic sizes.
         added = rewritten.module.graph.find_nodes(op="placeholder")[len(example_inputs) :]
@@ -85,15 +87,20 @@ class GraphCompiler:
 
 
 def _compile(
-    gm: fx.GraphModule, inputs: Sequence[Any], inner: Inner, mode: str | None, options: dict[str, Any] | None
+    gm: fx.GraphModule, inputs: Sequence[Any], config: Config, mode: str | None, options: dict[str, Any] | None
 ) -> Compiled:
+    inner = config.inner
+    graph_pass = GraphPass(round_operands, identity()) if config.products.change_something else None
     if inner != "eager":
         from ..codegen import lowering  # noqa: F401  (registers the operator's lowering; imports Inductor)
+    if inner == "inductor":
+        return compilers.inductor_compile(gm, inputs, mode=mode, options=options, graph_pass=graph_pass)
+    if graph_pass is not None:
+        compiler = inner if callable(inner) else lambda graph, _: graph.forward
+        return compilers.aot_compile(gm, inputs, compiler, graph_pass)
     if callable(inner):
         compiled: Compiled = inner(gm, list(inputs))
         return compiled
-    if inner == "inductor":
-        return compilers.inductor_compile(gm, inputs, mode=mode, options=options)
     return compilers.named_compile(inner, gm, inputs)
 
 
@@ -164,7 +171,11 @@ class CompiledGraph:
         self._compiler = compiler
         self._clock = compiler.clock
         self._forms = forms
-        may_draw = any(w.sampled_as.noise != "none" and w.trainable for w in rewritten.selected)
+        self._training = rewritten.layout.training
+        may_draw = any(
+            (w.sampled_as.noise != "none" and w.trainable) or w.products.draws or w.products.scheduled
+            for w in rewritten.selected
+        )
         self._may_be_noisy = may_draw and not rewritten.gradients
         self._takes_nothing = not rewritten.selected
 
@@ -186,7 +197,7 @@ class CompiledGraph:
         state = self._clock.state
         if (binding.noisy or binding.reads) and inside_backward():
             state = self._recall(binding)
-        elif binding.noisy or self._trainable:
+        elif binding.noisy or self._trainable or self._training:
             state = self.begin(binding)
         return self.call(args, binding, state)
 

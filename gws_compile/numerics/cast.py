@@ -39,8 +39,12 @@ def cast(
     fmt: ElementFormat,
     scale: str | None,
     dtype: torch.dtype,
+    word: Value | None = None,
 ) -> Value:
     """Round ``y`` to the nearest value of the block's grid: ties to even, subnormals kept, saturating.
+
+    Or, with a random word, stochastically: to one of the two values around it, to each with a probability that makes
+    ``y`` the mean.
 
     Args:
         p: the operations to write it in.
@@ -50,6 +54,7 @@ def cast(
         fmt: the element format.
         scale: see `scale_bits`; None for X = 1.
         dtype: the weight's; the result is finite in it.
+        word: int32, uniform over all words; None to round to nearest.
 
     Returns:
         float32 on the grid. NaN wherever ``x`` is; without ``x``, where ``y`` is.
@@ -57,7 +62,9 @@ def cast(
     q = p.float_bits(y if inverse is None else p.fmul(y, inverse))
     magnitude = p.iand(q, MAGNITUDE)
     largest = float32_bits(largest_value(fmt, scale, dtype))
-    if fmt.scaled:
+    if word is not None:
+        rounded = round_stochastic(p, p.imin(magnitude, largest), fmt, word)
+    elif fmt.scaled:
         rounded = round_scaled(p, p.imin(magnitude, largest), fmt)
     else:
         rounded = p.imin(_round_wide(p, magnitude, fmt.mantissa_bits), largest)
@@ -85,6 +92,30 @@ def round_scaled(p: Primitives, magnitude: Value, fmt: ElementFormat) -> Value:
         # A product by a power of two: exact, and a GPU makes one instruction of it and the addition behind it.
         c = p.fmul(p.bits_float(p.imax(p.iand(magnitude, EXPONENT), smallest)), 2.0 ** (23 - m))
     return p.float_bits(p.fsub(p.fadd(p.bits_float(magnitude), c), c))
+
+
+def round_stochastic(p: Primitives, magnitude: Value, fmt: ElementFormat, word: Value) -> Value:
+    """Round the bits of ``|y| / X``, saturated, up or down by chance: the value is the mean of the results.
+
+    Of the ``23 - M`` bits that the grid does not have, a random number is added to, and the sum is cut: the carry is
+    the step up. What lies below the smallest normal value is lifted by that value first, where the grid is as fine; of
+    a value there bits below 2**-23 of it are rounded to nearest before.
+
+    Args:
+        p: the operations to write it in.
+        magnitude: int32, at most the bits of the format's largest value.
+        fmt: the element format.
+        word: int32, uniform over all words; its low bits are used.
+    """
+    drop = 23 - fmt.mantissa_bits
+    chance = p.iand(word, (1 << drop) - 1)
+    kept = wrap_int32(-(1 << drop))
+    if not fmt.scaled:  # float32's own exponents
+        return p.iand(p.iadd(magnitude, chance), kept)
+    lift = p.fselect(p.ilt(magnitude, float32_bits(fmt.min_normal)), fmt.min_normal, 0.0)
+    lifted = p.float_bits(p.fadd(p.bits_float(magnitude), lift))
+    cut = p.bits_float(p.iand(p.iadd(lifted, chance), kept))
+    return p.float_bits(p.fsub(cut, lift))
 
 
 def round_to_dtype(p: Primitives, y: Value, dtype: torch.dtype) -> Value:

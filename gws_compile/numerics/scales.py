@@ -23,6 +23,9 @@ SCALES: tuple[Scale, ...] = get_args(Scale)
 """The rules: OCP MX's, the smallest power of two at which nothing saturates, the exact scale ``a / max``, NVFP4's two
 levels, and none."""
 
+OPERAND_SCALES = (*(one for one in SCALES if one), "unit", "none")
+"""The rules of an operand that is no weight: ``"unit"`` is ``1 / max`` whatever the values, for those from -1 to 1."""
+
 POWERS_OF_TWO: tuple[Scale, ...] = ("floor", "ceil")
 """The rules whose X is a power of two."""
 
@@ -42,7 +45,7 @@ def scale_exponent_range(fmt: ElementFormat, dtype: torch.dtype = torch.float32)
 
 def needs_block_maximum(fmt: ElementFormat, scale: str | None, noise: str) -> bool:
     """Whether the block maximum enters the result: for the scale, or for the amplitude of noise."""
-    return noise != "none" or (scale is not None and fmt.scaled)
+    return noise != "none" or (scale not in (None, "unit") and fmt.scaled)
 
 
 def scale_bits(p: Primitives, amax: Value, fmt: ElementFormat, scale: str, dtype: torch.dtype = torch.float32) -> Value:

@@ -1,4 +1,5 @@
-"""What is done to a weight, composed once: `SampleSpec`, and `WidthGradientSpec` for the gradient of learned widths.
+"""What is done to a weight, or to another operand of a product, composed once: `SampleSpec`; and `WidthGradientSpec`
+for the gradient of learned widths.
 
 Each has a part for blocks and a part for elements, over `Primitives`. The eager kernels, Inductor's loops and the C++
 kernel bring the loops around them; the metrics read their grids.
@@ -13,14 +14,16 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import Literal
 
 import torch
 
 from .cast import cast, largest_value, needs_rounding, round_to_dtype
 from .division import divide
 from .elements import ElementFormat
-from .float32 import bits_float32
+from .float32 import bits_float32, nearest_float32
 from .grid_cast import Grid, block_grid, cast_to_grid
+from .keys import key_words
 from .noise import add_noise, fixed_amplitude, random_word, signed_draw
 from .nvfp4 import encode_scale, nvfp4_scale
 from .primitives import Primitives, Value
@@ -31,16 +34,26 @@ Operand = Callable[[], Value]
 """Loads one value."""
 
 Words = Callable[[int], Value]
-"""Loads a word of a key (two int32) or of the clock (four int32), see `gws_compile.ops.sample_weight`, by position."""
+"""Loads a word of a key (two int32) or of the clock, see `gws_compile.ops.sample_weight`, by position."""
+
+CLOCK_WORDS = 5
+"""int32 words of a clock."""
+
+Rounding = Literal["nearest", "stochastic"]
+"""How the cast rounds."""
 
 _GRID = ("x", "largest", "smallest", "shift")
 _SCHEDULED = 3
 """The word of the clock that has the bits of ``2**(1 - b)``, for a width that a schedule moves."""
+_UNROUNDED = 4
+"""The word of the clock that says which kinds of products are in high precision now; see `SampleSpec.switch`."""
 
 
 @dataclass(frozen=True)
 class SampleSpec:
     """``cast(w + R * a * 2**(1 - b))``, or ``cast(w)`` without noise: everything about it but tensors and blocks.
+
+    Of an activation or a gradient, ``cast(x)``: there is no noise, but the cast may round stochastically.
 
     Attributes:
         fmt: element format of the cast; with learned widths, that of training.
@@ -49,6 +62,9 @@ class SampleSpec:
         scale: rule of the block scale, one of `gws_compile.numerics.scales.SCALES`.
         rule: what the parameter of a learned width means; None for a fixed width.
         dtype: the weight's.
+        rounding: of the cast.
+        place: of a stochastic cast: a number that makes its random words others than those of the same key elsewhere.
+        switch: bits of the clock's fifth word: while one of them is set, the value stays as it is. 0 for never.
     """
 
     fmt: ElementFormat
@@ -57,11 +73,24 @@ class SampleSpec:
     scale: str | None
     rule: WidthRule | None
     dtype: torch.dtype
+    rounding: Rounding = "nearest"
+    place: int = 0
+    switch: int = 0
 
     @property
     def noisy(self) -> bool:
-        """Whether there is noise, which needs a key and a clock."""
+        """Whether there is noise."""
         return self.noise != "none"
+
+    @property
+    def keyed(self) -> bool:
+        """Whether random words are drawn, which needs a key and a clock."""
+        return self.noisy or self.rounding == "stochastic"
+
+    @property
+    def clocked(self) -> bool:
+        """Whether a clock is needed."""
+        return self.keyed or self.switch != 0
 
     @property
     def block_values(self) -> Mapping[str, torch.dtype]:
@@ -200,12 +229,12 @@ class SampleSpec:
             p: the operations to write it in.
             w: float32, the weight.
             block: loads one of the `block_values` of its block.
-            element: int32, its index in the whole weight, row-major, mod 2**32; None without noise.
-            key: the key's words; None without noise.
-            clock: the clock's words; None without noise.
+            element: int32, its index in the whole weight, row-major, mod 2**32; None where nothing is drawn.
+            key: the key's words; None where nothing is drawn.
+            clock: the clock's words; None where `clocked` says no.
 
         Returns:
-            float32 on the grid of its block.
+            float32 on the grid of its block; the weight itself while it is switched off.
         """
         y = w
         if self.noisy:
@@ -216,11 +245,30 @@ class SampleSpec:
             y = add_noise(p, self.noise, w, scaled_by, _word(p, element, key, clock), clock(1))
         if self.rule is not None:
             sampled = cast_to_grid(p, y, Grid(*map(block, self._grid)))
+        elif self.scale == "unit":
+            inverse = self.fmt.max if self.fmt.scaled else None
+            sampled = cast(p, y, inverse, None, self.fmt, self.scale, self.dtype, self._chance(p, element, key, clock))
+            sampled = sampled if inverse is None else p.fmul(sampled, nearest_float32(1 / inverse))
         else:
             values = self.block_values
             inverse, x = (block(name) if name in values else None for name in ("inverse", "x"))
-            sampled = cast(p, y, inverse, x, self.fmt, self.scale, self.dtype)
-        return self._rounded(p, sampled)
+            sampled = cast(p, y, inverse, x, self.fmt, self.scale, self.dtype, self._chance(p, element, key, clock))
+        return self._switched(p, w, self._rounded(p, sampled), clock)
+
+    def _chance(self, p: Primitives, element: Operand | None, key: Words | None, clock: Words | None) -> Value | None:
+        """The random word of a stochastic cast; None for the nearest value."""
+        if self.rounding == "nearest":
+            return None
+        assert element is not None
+        assert key is not None
+        assert clock is not None
+        return _word(p, element, lambda word: p.ixor(key(word), _of_place(self.place)[word]), clock)
+
+    def _switched(self, p: Primitives, w: Value, sampled: Value, clock: Words | None) -> Value:
+        if not self.switch:
+            return sampled
+        assert clock is not None
+        return p.fselect(p.ilt(p.isub(0, p.iand(clock(_UNROUNDED), self.switch)), 0), w, sampled)
 
     def levels_of_element(self, p: Primitives, w: Value, block: Callable[[str], Value]) -> tuple[Value, Value]:
         """An element cast without noise, in units of its block's scale X, what a file stores a code of; and the cast.
@@ -297,6 +345,12 @@ class WidthGradientSpec:
     def of_parameter(self, p: Primitives, gradient: Value, parameter: Value) -> Value:
         """float32, dL/db_i, from dL/db summed over the blocks that have this parameter."""
         return width_gradient(p, gradient, parameter, self.rule)
+
+
+@cache
+def _of_place(place: int) -> tuple[int, int]:
+    """What the two words of a key differ by at a place."""
+    return key_words(0, f"place {place}")
 
 
 def _word(p: Primitives, element: Operand, key: Words, clock: Words) -> Value:

@@ -55,7 +55,7 @@ def sample(
     name: str,
     step: int = 0,
     seed: int = DEFAULTS.seed,
-    noise: Noise = DEFAULTS.noise,
+    noise: Noise | None = DEFAULTS.noise,
     bits: float | None = None,
     block: Block | None = DEFAULTS.block,
     scale: ScaleSetting = DEFAULTS.scale,
@@ -71,7 +71,7 @@ def sample(
             `Backend.state_dict` lists the names.
         step: number of the draw: how many optimizer steps came before, with ``resample="step"``.
         seed: that of the backend.
-        noise: ``"rounded_normal"``, ``"uniform"`` or ``"none"``.
+        noise: ``"rounded_normal"``, the default, ``"uniform"`` or ``"none"``.
         bits: bit width b; when None the format's mantissa bits + 2, and N for intN.
         block: block shape, as in `quantize`.
         scale: rule of the block scale, as in `quantize`.

@@ -13,10 +13,10 @@ import torch
 from torch import fx
 
 from ..numerics.elements import parse_element
-from ..numerics.spec import SampleSpec, WidthGradientSpec
+from ..numerics.spec import Rounding, SampleSpec, WidthGradientSpec
 from ..numerics.widths import WidthRule
 
-OPERATOR_VERSION = 8
+OPERATOR_VERSION = 9
 """Part of every call's arguments. Compile caches see a graph's arguments, not the lowering's source: raise it whenever
 noise, cast or lowering change what they compute."""
 
@@ -51,6 +51,18 @@ class _Arguments:
         needs: bool = ctx.needs_input_grad[[one.name for one in fields(cls)].index(name)]
         return needs
 
+    def check_version(self) -> None:
+        """Hold a call to the arithmetic that is here.
+
+        Raises:
+            RuntimeError: the graph was made for another version.
+        """
+        version = self.call()[-1]
+        if version != OPERATOR_VERSION:
+            raise RuntimeError(
+                f"gws::sample_weight and its like are at version {OPERATOR_VERSION}, the graph was made for {version}"
+            )
+
 
 @dataclass(frozen=True)
 class SampleArguments(_Arguments):
@@ -75,23 +87,16 @@ class SampleArguments(_Arguments):
     maxima: Any
     out_dtype: torch.dtype | None
     keep: bool
+    switch: int = 0
+    products: str = ""
     version: int = field(default_factory=lambda: OPERATOR_VERSION)
 
     def spec(self, dtype: torch.dtype) -> SampleSpec:
         """What they say of the sample of a weight of this dtype."""
         rule = WidthRule.parse(self.rule) if self.learned is not None else None
-        return SampleSpec(parse_element(self.fmt), self.noise, self.bits, self.scale or None, rule, dtype)
-
-    def check_version(self) -> None:
-        """Hold a call to the arithmetic that is here.
-
-        Raises:
-            RuntimeError: the graph was made for another version.
-        """
-        if self.version != OPERATOR_VERSION:
-            raise RuntimeError(
-                f"gws::sample_weight is at version {OPERATOR_VERSION}, the graph was made for {self.version}"
-            )
+        return SampleSpec(
+            parse_element(self.fmt), self.noise, self.bits, self.scale or None, rule, dtype, switch=self.switch
+        )
 
     @property
     def block_maxima(self) -> Any:
@@ -107,6 +112,71 @@ class SampleArguments(_Arguments):
     def part(self) -> tuple[Sequence[int], Sequence[int]]:
         """``whole`` and ``offset``."""
         return self.whole, self.offset
+
+
+@dataclass(frozen=True)
+class RoundArguments(_Arguments):
+    """Those of ``gws::round_operand``, see `gws_compile.ops.round_operand.round_operand`."""
+
+    x: Any
+    key: Any
+    clock: Any
+    batch_dims: int
+    fmt: str
+    block: Sequence[int]
+    scale: str
+    rounding: Rounding
+    place: int
+    switch: int
+    version: int = field(default_factory=lambda: OPERATOR_VERSION)
+
+    def spec(self, dtype: torch.dtype) -> SampleSpec:
+        """What they say of the cast of an operand of this dtype."""
+        return SampleSpec(
+            parse_element(self.fmt),
+            "none",
+            None,
+            self.scale or None,
+            None,
+            dtype,
+            rounding=self.rounding,
+            place=self.place,
+            switch=self.switch,
+        )
+
+    @property
+    def as_sample(self) -> SampleArguments:
+        """Where its tensors are, and its blocks, as a sample's arguments say it."""
+        return SampleArguments(
+            w=self.x,
+            key=self.key,
+            clock=self.clock,
+            batch_dims=self.batch_dims,
+            fmt=self.fmt,
+            bits=None,
+            noise="none",
+            block=self.block,
+            scale=self.scale,
+            learned=None,
+            rule="",
+            whole=[],
+            offset=[],
+            maxima=None,
+            out_dtype=None,
+            keep=True,
+            switch=self.switch,
+        )
+
+
+@dataclass(frozen=True)
+class HadamardArguments(_Arguments):
+    """Those of ``gws::hadamard``, see `gws_compile.ops.hadamard.hadamard`."""
+
+    x: Any
+    size: int
+    batch_dims: int
+    rows: bool
+    version: int = field(default_factory=lambda: OPERATOR_VERSION)
 
 
 @dataclass(frozen=True)

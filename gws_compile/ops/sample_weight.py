@@ -42,17 +42,20 @@ def sample_weight(
     maxima: torch.Tensor | None,
     out_dtype: torch.dtype | None,
     keep: bool,
+    switch: int,
+    products: str,
     version: int,
 ) -> torch.Tensor:
     """Sample a weight: ``cast(w + R * a * 2**(1 - bits))``, ``a`` the block maximum (arXiv 2505.11170, eq. 3).
 
     Args:
         w: the weight, float32, bfloat16 or float16, two or more dims.
-        key: int32, (2,): the weight's two key words. None when ``noise`` is ``"none"``. One tensor for each weight, so
-            that compilers find the kernels of weights of one shape to be the same.
-        clock: int32, (4,): the number of the draw; -1 to draw or 0 to cast ``w`` as it is; -1 where learned widths are
-            frozen, else 0; the bits of the float32 ``2**(1 - b)`` where a schedule moves the width b, else 0. None
-            likewise.
+        key: int32, (2,): the weight's two key words. None where nothing is drawn for it, nor for an operand that its
+            products are with. One tensor for each weight, so that compilers find the kernels of weights of one shape to
+            be the same.
+        clock: int32, (5,): the number of the draw; -1 to draw or 0 to cast ``w`` as it is; -1 where learned widths are
+            frozen, else 0; the bits of the float32 ``2**(1 - b)`` where a schedule moves the width b, else 0; bits for
+            the kinds of products that are in high precision now, see ``switch``. None where nothing of it is needed.
         batch_dims: see `gws_compile.numerics.blocks.matrix_shape`.
         fmt: the ``spec`` of the element format.
         bits: bit width b of the noise amplitude; None where the clock says it.
@@ -72,6 +75,10 @@ def sample_weight(
             dtype, its values the same as if converted behind the operator. The weight's own when None.
         keep: whether backward keeps the sample, or computes it again. It changes no value: the mark that makes the
             difference is not seen by compile caches, which would take one setting's code for the other.
+        switch: bits of the clock's fifth word: while one of them is set, ``w`` stays as it is. 0 for never.
+        products: how the other operands of the products that read the weight are rounded, forward and backward: the
+            text of a `gws_compile.settings.operands.ProductSettings`, for the passes over AOTAutograd's graph; empty
+            where they stay as they are. It changes no value here.
         version: `OPERATOR_VERSION`.
 
     Returns:
@@ -94,6 +101,8 @@ def sample_weight(
         maxima,
         out_dtype,
         keep,
+        switch,
+        products,
         version,
     )
     spec = given.spec(w.dtype)

@@ -43,10 +43,10 @@ class Binding:
 
     Attributes:
         slots: the weights.
-        noisy: those that draw noise.
+        noisy: those with whose keys something is drawn: noise, or the rounding of gradients.
         reads: of each weight that is trained, how its reads are: ``{True}`` where all have noise, ``{True, False}``
             where no gradient flows through some, and so on.
-        keys: per device, the keys of the weights that draw noise; int32, (2,) each.
+        keys: per device, the keys of the weights that the graph takes; int32, (2,) each.
         widths: the learned widths.
         form: the names by which another form of the graph serves these weights, by source; None for this one.
     """
@@ -76,7 +76,7 @@ class Binding:
 
     def count(self, draw: int) -> int:
         """Count a call in this draw, and say how many there were, this one included; 0 where nothing draws noise."""
-        if not self.keys:
+        if not self.noisy:
             return 0
         self._uses = self._uses + 1 if draw == self._draw else 1
         self._draw = draw
@@ -123,7 +123,8 @@ class Bindings:
         keyed = [position for positions in self._keyed.values() for position in positions]
         read = [weight.position for weight in weights if weight.reads and not weight.source.endswith(".data")]
         self._needed = list(dict.fromkeys([*keyed, *self._learned, *read]))
-        self._keyed_positions = set(keyed)
+        self._drawing = layout.drawing
+        self._noisy = {weight.position for weight in weights if weight.noisy}
         self._weights = weights
         self._seed = seed
         self._slots = slots
@@ -185,14 +186,14 @@ class Bindings:
         for device, positions in self._keyed.items():
             members = [slots[position] for position in positions]
             self._registry.register(members)
-            noisy += members
+            noisy += [slots[position] for position in positions if position in self._drawing]
             keys[device] = key_tensors(self._seed, [slot.name or "" for slot in members], device)
         widths: Sequence[WidthInput] = ()
         if self._find_widths is not None:
             widths = self._find_widths(
                 [inputs[position] for position in self._learned],
                 [slots[position] for position in self._learned],
-                [position in self._keyed_positions for position in self._learned],
+                [position in self._noisy for position in self._learned],
             )
         trained = {p: weight for p, weight in weights.items() if weight.reason is None and weight.trainable}
         reads = {slots[p]: frozenset(read.noisy for read in weight.reads) for p, weight in trained.items()}

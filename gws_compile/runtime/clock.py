@@ -38,14 +38,16 @@ class DrawState(NamedTuple):
         return self._replace(frozen=False)
 
 
-def clock_words(state: DrawState, schedule: Schedule) -> tuple[int, int, int, int]:
+def clock_words(state: DrawState, schedule: Schedule) -> tuple[int, int, int, int, int]:
     """The words of a clock.
 
     The draw's number; -1 to draw or 0 to leave the weights as they are; -1 for frozen widths, else 0; the bits of the
-    float32 ``2**(1 - b)``, for a width b that the schedule moves.
+    float32 ``2**(1 - b)``, for a width b that the schedule moves; the bits of the products that it has in high
+    precision.
     """
     draws = state.enabled and schedule.draws(state.step)
-    return wrap_int32(state.step), -int(draws), -int(state.frozen), schedule.factor_bits(state.step)
+    step = state.step
+    return wrap_int32(step), -int(draws), -int(state.frozen), schedule.factor_bits(step), schedule.unrounded(step)
 
 
 class Clock:
@@ -117,7 +119,7 @@ class Clock:
                 self.pending = False
 
     def tensor(self, device: torch.device, state: DrawState) -> torch.Tensor:
-        """int32 (4,), see `clock_words`."""
+        """int32 (5,), see `clock_words`."""
         made = self._tensors.get(device, {})
         tensor = made.get(state)
         if tensor is None:

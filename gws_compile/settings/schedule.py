@@ -8,11 +8,12 @@ from itertools import pairwise
 from typing import Any
 
 from ..numerics.float32 import float32_bits
+from .operands import PRODUCTS, SWITCHES
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """From when to when there is noise, and how wide it is, in numbers of draws: optimizer steps.
+    """From when to when there is noise, how wide it is, and which products are rounded, in draws: optimizer steps.
 
     The step is that of the clock, so it goes on where a resumed run stood; with ``resample="forward"`` a draw is a
     forward. Nothing is compiled again: the graphs take what the schedule says as a tensor.
@@ -24,6 +25,10 @@ class Schedule:
             and constant before the first and behind the last. It is that of the backend's own format: weights to which
             a rule gives a format or a width keep theirs. With `LearnedBits`, what `Backend.bit_loss` leads to: its
             ``average`` where it has one, else its ``target``. None, (), for widths that do not move.
+        forward, dgrad, wgrad, attention: ``(first, last)``, such as ``(0, 9000)``: the operands of these products are
+            rounded from draw ``first`` on and up to ``last``, which is the first that is not; None for ever. At other
+            draws they are in high precision, weights too, without cast and noise. Evaluation follows ``forward`` and
+            ``attention``, as the next training forward does.
 
     Raises:
         ValueError: a bad value, or steps that do not ascend.
@@ -32,8 +37,14 @@ class Schedule:
     start: int = 0
     stop: int | None = None
     bits: tuple[tuple[int, float], ...] = ()
+    forward: tuple[int, int | None] = (0, None)
+    dgrad: tuple[int, int | None] = (0, None)
+    wgrad: tuple[int, int | None] = (0, None)
+    attention: tuple[int, int | None] = (0, None)
 
     def __post_init__(self) -> None:
+        for product in PRODUCTS:
+            object.__setattr__(self, product, _window(product, getattr(self, product)))
         if not _is_step(self.start):
             raise ValueError(f"Schedule.start must be an int, 0 or more, got {self.start!r}")
         if self.stop is not None and not (_is_step(self.stop) and self.stop > self.start):
@@ -67,10 +78,30 @@ class Schedule:
         width = self.width(step)
         return 0 if width is None else float32_bits(2.0 ** (1.0 - width))
 
+    def unrounded(self, step: int) -> int:
+        """The bits of the products that are in high precision at a step, for the clock."""
+        windows = {product: getattr(self, product) for product in PRODUCTS}
+        return sum(
+            SWITCHES[product]
+            for product, (first, last) in windows.items()
+            if step < first or (last is not None and step >= last)
+        )
+
+    @property
+    def moves_products(self) -> bool:
+        """Whether products that read weights are in high precision at times."""
+        return any(getattr(self, product) != (0, None) for product in PRODUCTS if product != "attention")
+
+    @property
+    def draws_from_to(self) -> bool:
+        """Whether noise begins or ends."""
+        return self.start > 0 or self.stop is not None
+
     @property
     def changes_nothing(self) -> bool:
         """Whether training with it is what it is without."""
-        return self.start == 0 and self.stop is None and not self.bits
+        moves = self.moves_products or self.attention != (0, None)
+        return not (self.draws_from_to or self.bits or moves)
 
     def __str__(self) -> str:
         parts = []
@@ -80,7 +111,22 @@ class Schedule:
             parts.append(f"no noise from step {self.stop}")
         if self.bits:
             parts.append("b = " + ", ".join(f"{width:g} at step {step}" for step, width in self.bits))
+        for product in PRODUCTS:
+            first, last = getattr(self, product)
+            if (first, last) != (0, None):
+                parts.append(f"{product} rounded from step {first}" + ("" if last is None else f" to {last}"))
         return "; ".join(parts) or "constant"
+
+
+def _window(name: str, value: Any) -> tuple[int, int | None]:
+    if _is_list(value) and len(value) == 2:
+        first, last = value
+        if _is_step(first) and (last is None or (_is_step(last) and last >= first)):
+            return first, last
+    raise ValueError(
+        f"Schedule.{name} takes (first, last), the step from which the product is rounded and the first at which it is "
+        f"not any more, or None, such as (0, 9000), got {value!r}"
+    )
 
 
 def _is_step(value: object) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -14,16 +15,104 @@ from .lookup import find, spared
 from .modules import modules_alive
 
 
+@dataclass(frozen=True)
+class GraphPass:
+    """A pass over the graphs that AOTAutograd traces: the joint one, or that of a forward alone.
+
+    Attributes:
+        run: changes a graph in place.
+        identity: what it is, for the keys of compile caches.
+    """
+
+    run: Callable[[fx.Graph], object]
+    identity: bytes
+
+
 def inductor_compile(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None, options: dict[str, Any] | None
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None,
+    options: dict[str, Any] | None,
+    graph_pass: GraphPass | None = None,
 ) -> Callable[..., Any]:
     """Compile with Inductor, as ``torch.compile(mode=, options=)`` would.
 
-    Relies on ``torch._TorchCompileInductorWrapper``. Checked on torch 2.11 to 2.15.
+    Relies on ``torch._TorchCompileInductorWrapper``, and for a pass on ``torch._inductor.config.joint_custom_pre_pass``
+    and ``CustomGraphPass``, whose ``uuid`` is a part of Inductor's and AOTAutograd's cache keys. A pass that is
+    configured already runs before. Checked on torch 2.11 to 2.15.
     """
-    wrapper = find("torch", "_TorchCompileInductorWrapper")
-    compiled: Callable[..., Any] = wrapper(mode, options, None)(gm, list(example_inputs))
+    wrapper = find("torch", "_TorchCompileInductorWrapper")(mode, options, None)
+    if graph_pass is None:
+        compiled: Callable[..., Any] = wrapper(gm, list(example_inputs))
+        return compiled
+    config = find("torch._inductor", "config")
+    with config.patch(joint_custom_pre_pass=_custom_pass(graph_pass, config.joint_custom_pre_pass)):
+        compiled = wrapper(gm, list(example_inputs))
     return compiled
+
+
+def _custom_pass(graph_pass: GraphPass, before: Any) -> Any:
+    """A pass as Inductor takes it, behind one that is configured already."""
+    known = before.uuid() if hasattr(before, "uuid") else None
+
+    class Both(find("torch._inductor.custom_graph_pass", "CustomGraphPass")):  # type: ignore[misc]
+        def __call__(self, graph: fx.Graph) -> None:
+            if before is not None:
+                before(graph)
+            graph_pass.run(graph)
+            graph.lint()
+
+        def uuid(self) -> object:
+            # A pass without an identity has nothing cached; nor does it with this one behind it.
+            return None if before is not None and known is None else (graph_pass.identity, known)
+
+    return Both()
+
+
+def aot_compile(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: Callable[..., Any], graph_pass: GraphPass
+) -> Callable[..., Any]:
+    """Compile with AOTAutograd, a pass over its graph, and a compiler that gets the forward and the backward.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: its inputs.
+        compiler: called with a graph of ATen's operations and its inputs; returns a function of them.
+        graph_pass: runs on the joint graph, or on that of a forward without gradients.
+
+    Relies on ``torch._dynamo.backends.common.aot_autograd``, ``min_cut_rematerialization_partition`` and
+    ``make_boxed_func``, as Dynamo's ``aot_eager`` does. Checked on torch 2.11 to 2.15.
+    """
+    partition = find("torch._functorch.partitioners", "min_cut_rematerialization_partition")
+    boxed = find("torch._functorch.aot_autograd", "make_boxed_func")
+
+    def partitioned(joint: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        _run(graph_pass, joint)
+        return partition(joint, *args, **kwargs)
+
+    def compiled(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        return boxed(compiler(graph, inputs))
+
+    def inference(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        _run(graph_pass, graph)
+        return compiled(graph, inputs)
+
+    aot: Callable[..., Any] = find("torch._dynamo.backends.common", "aot_autograd")(
+        fw_compiler=compiled,
+        bw_compiler=compiled,
+        inference_compiler=inference,
+        partition_fn=partitioned,
+        keep_inference_input_mutations=True,
+    )
+    made: Callable[..., Any] = aot(gm, list(example_inputs))
+    return made
+
+
+def _run(graph_pass: GraphPass, gm: fx.GraphModule) -> None:
+    graph_pass.run(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
 
 
 def named_compile(name: str, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

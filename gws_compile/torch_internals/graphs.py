@@ -148,3 +148,65 @@ def graph_break(gm: fx.GraphModule) -> tuple[str, list[traceback.FrameSummary]] 
     if cause is None or not getattr(cause, "graph_break", False):
         return None
     return str(cause.reason), list(cause.user_stack)
+
+
+def is_tangent(node: fx.Node) -> bool:
+    """Whether a node of AOTAutograd's joint graph is a gradient that comes in.
+
+    Relies on the names of its placeholders, ``tangents_1`` and so on. Checked on torch 2.11 to 2.15.
+    """
+    return node.op == "placeholder" and "tangents" in str(node.target)
+
+
+def sequence_number(node: fx.Node) -> int | None:
+    """Autograd's number of an operation, which a product of the backward shares with that of the forward.
+
+    Relies on ``meta["seq_nr"]``. Checked on torch 2.11 to 2.15.
+    """
+    number: int | None = node.meta.get("seq_nr")
+    return number
+
+
+def fake_value(node: object) -> Any:
+    """The fake value of a node that AOTAutograd traced; None for what is no node.
+
+    Relies on ``meta["val"]``. Checked on torch 2.11 to 2.15.
+    """
+    return node.meta.get("val") if isinstance(node, fx.Node) else None
+
+
+def emit(graph: fx.Graph, like: fx.Node, target: Any, args: tuple[Any, ...], *, in_backward: bool) -> fx.Node:
+    """Add an operation to AOTAutograd's graph, where nodes are being inserted.
+
+    Args:
+        graph: the graph.
+        like: an operation that it belongs to, whose place in the code, and in a checkpoint, it has.
+        target: the operation.
+        args: its arguments.
+        in_backward: it is left to the backward, also where the forward could compute it and keep the result.
+
+    Relies on ``meta["val"]``, ``meta["partitioner_tag"]`` and the marks of checkpoints. Checked on torch 2.11 to 2.15.
+    """
+    node = graph.call_function(target, args)
+    node.meta = {key: like.meta[key] for key in _CARRIED if key in like.meta}
+    if node.meta.get("recompute") in (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE):
+        node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE  # it is the operation that is to be kept
+    given = fx.map_arg(args, lambda one: one.meta["val"])
+    with torch.no_grad():
+        node.meta["val"] = target(*given)
+    if in_backward:
+        node.meta["partitioner_tag"] = "must_be_in_backward"
+    return node
+
+
+_CARRIED = (
+    "stack_trace",
+    "nn_module_stack",
+    "fwd_nn_module_stack",
+    "seq_nr",
+    "partitioner_tag",
+    "recompute",
+    "ac_graph_id",
+    "autograd_backward",
+)
+"""What an operation has of the one that it belongs to."""

@@ -28,6 +28,7 @@ _KERNEL = "the C++ kernel of a sample; the code that Inductor generates takes it
 _GIVEN = "finding the models that a backend was given to, for reports and warnings"
 _FAKE = "graphs that are called on fake tensors, and Backend.prepare"
 _SIGNATURES = "finding an operation's operands by their names"
+_PRODUCTS = "activations and gradients that are rounded (activations=, gradients=, recipe=)"
 _SHARDS = "blocks and noise of sharded weights (FSDP2, tensor parallelism)"
 
 PRIVATE_NAMES: Mapping[str, PrivateName] = {
@@ -43,6 +44,9 @@ PRIVATE_NAMES: Mapping[str, PrivateName] = {
         "inner='inductor' with mode= and options=", "torch.compile, which would trace the graph once more"
     ),
     "torch._TorchCompileWrapper": PrivateName(_GIVEN),
+    "torch._dynamo.backends.common.aot_autograd": PrivateName(
+        _PRODUCTS, "torch._functorch.aot_autograd is private too"
+    ),
     "torch._dynamo.config": PrivateName("the reasons of recurrent layers in reports"),
     "torch._dynamo.eval_frame.OptimizedModule": PrivateName(
         "models made by torch.compile(model), behind their wrapper"
@@ -61,6 +65,8 @@ PRIVATE_NAMES: Mapping[str, PrivateName] = {
     "torch._dynamo.utils.counters": PrivateName("graph breaks and frames left out, in explain"),
     "torch._dynamo.utils.dynamo_timed": PrivateName("the passes in torch's compile times"),
     "torch._dynamo.utils.get_metrics_context": PrivateName("the causes of recompilations in reports"),
+    "torch._functorch.aot_autograd.make_boxed_func": PrivateName(_PRODUCTS),
+    "torch._functorch.partitioners.min_cut_rematerialization_partition": PrivateName(_PRODUCTS),
     "torch._guards.CompileContext": PrivateName("the numbers of compilations in reports"),
     "torch._guards.detect_fake_mode": PrivateName(_FAKE),
     "torch._higher_order_ops.wrap.tag_activation_checkpoint": PrivateName("checkpoints inside a graph"),
@@ -70,6 +76,7 @@ PRIVATE_NAMES: Mapping[str, PrivateName] = {
     "torch._inductor.cpu_vec_isa.pick_vec_isa": PrivateName(
         _KERNEL, "torch.backends.cpu.get_cpu_capability(), which does not know Inductor's settings"
     ),
+    "torch._inductor.custom_graph_pass.CustomGraphPass": PrivateName(_PRODUCTS),
     "torch._inductor.ir.ComputedBuffer": PrivateName(_LOWERING),
     "torch._inductor.ir.CppTemplateBuffer": PrivateName(_KERNEL),
     "torch._inductor.ir.FixedLayout": PrivateName(_LOWERING),

@@ -29,6 +29,7 @@ LAYERS: Sequence[frozenset[str]] = [
     frozenset({"codegen"}),
     frozenset({"ops"}),
     frozenset({"config"}),
+    frozenset({"recipes"}),
     frozenset({"settings"}),
     frozenset({"source_names", "weight_names"}),
     frozenset({"numerics"}),

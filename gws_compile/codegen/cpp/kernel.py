@@ -187,7 +187,8 @@ def sample(given: SampleArguments, spec: SampleSpec) -> Any:
         of_matrix=of_matrix,
         of_block=of_block,
         constants=constants,
-        noise=spec.noisy,
+        keyed=spec.keyed,
+        clocked=spec.clocked,
         matrices=matrices,
         rows=rows,
         cols=cols,
@@ -214,7 +215,7 @@ def _in_whole(
 
 
 _KEY = ("key0", "key1")
-_CLOCK = ("step", "enabled", "frozen", "scheduled")
+_CLOCK = ("step", "enabled", "frozen", "scheduled", "unrounded")
 """The variables of the words of key and clock."""
 
 

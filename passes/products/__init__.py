@@ -1,0 +1,54 @@
+"""The pass over AOTAutograd's graphs: rounding what sampled weights are multiplied with, forward and backward.
+
+Dynamo's graph has the products of the forward alone. In the graph that AOTAutograd traces of it, the joint one, those
+of the backward stand too, and gradients have been derived: what is rounded there is rounded straight through.
+
+    find_products   lists the products, and says of each which weight's it is, and of which kind      changes nothing
+    round_products  rounds the operands that the weights' settings name
+
+What is to be done is read off the graph: each ``gws::sample_weight`` has the settings of its products as an argument.
+So the pass is a function of the graph alone, compile caches see everything that it depends on, and no more is needed
+for their keys than `identity`, what the pass itself is.
+
+    matrix_products  which operands an operation multiplies, and which of their sides are summed over
+    convolutions     the same of convolutions, whose backward is one operation
+    emitting         new nodes of such graphs
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+from torch import fx
+
+from .find_products import Factor, Product, find_products
+from .round_products import round_products
+
+__all__ = ["Factor", "Product", "find_products", "identity", "round_operands"]
+
+
+def round_operands(graph: fx.Graph) -> list[Product]:
+    """Round the operands of the products in one graph: a joint one, or one of the forward alone.
+
+    Args:
+        graph: of ATen's operations, as AOTAutograd traces them; changed in place.
+
+    Returns:
+        What became of each product.
+
+    Raises:
+        ValueError: an operand cannot be rounded as is asked for; the message names the product.
+    """
+    products = find_products(graph)
+    return round_products(graph, products)
+
+
+@cache
+def identity() -> bytes:
+    """What the pass is, for the keys of compile caches: a hash of its sources."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.digest()

@@ -1,0 +1,266 @@
+"""Find the products in AOTAutograd's graph, and say of each which weight's it is, and of which kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import fx
+
+from gws_compile.ops.sample_arguments import SampleArguments
+from gws_compile.settings.operands import ProductSettings
+from gws_compile.torch_internals.graphs import is_tangent, sequence_number
+from gws_compile.torch_internals.stack_trace import source_of
+
+from . import convolutions
+from .matrix_products import ATTENTION, LEFT_ALONE, Operand, name_of, operands_of
+
+Role = Literal["weight", "activation", "gradient"]
+
+Kind = Literal["forward", "dgrad", "wgrad", ""]
+
+# What a value goes through as it is, rearranged, or in another dtype.
+_VIEWS = frozenset(
+    "view _unsafe_view reshape permute t transpose expand unsqueeze squeeze slice select getitem split "
+    "split_with_sizes unbind alias detach clone _to_copy convert_element_type contiguous lift_fresh_copy "
+    "view_as wait_tensor all_gather_into_tensor all_gather_into_tensor_coalesced unsafe_split".split()
+)
+
+_SAMPLE = torch.ops.gws.sample_weight.default
+
+
+@dataclass(frozen=True)
+class Factor:
+    """An operand of a product.
+
+    Attributes:
+        operand: where it stands, and what is summed over.
+        role: what it is.
+        node: what stands there.
+        rounded: how it is rounded, in words; empty where it stays as it is.
+    """
+
+    operand: Operand
+    role: Role
+    node: fx.Node
+    rounded: str = ""
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product.
+
+    Attributes:
+        node: the operation.
+        op: its name.
+        location: ``file:line`` of the user's code; empty where unknown.
+        kind: ``x w``, ``dy w``, ``dy x`` of a sampled weight; empty for another product.
+        factors: its operands.
+        sample: the sample of the weight whose product it is.
+        reason: why operands of it are not rounded that would be otherwise; empty where there is none.
+    """
+
+    node: fx.Node
+    op: str
+    location: str
+    kind: Kind
+    factors: tuple[Factor, ...]
+    sample: fx.Node | None = None
+    reason: str = ""
+
+    @property
+    def settings(self) -> ProductSettings:
+        """Those of the weight."""
+        return ProductSettings() if self.sample is None else ProductSettings.parse(arguments_of(self.sample).products)
+
+    def factor(self, role: Role) -> Factor:
+        """The operand of a role."""
+        return next(factor for factor in self.factors if factor.role == role)
+
+
+def arguments_of(sample: fx.Node) -> SampleArguments:
+    """The arguments of a sample."""
+    return SampleArguments.of(sample)
+
+
+def find_products(graph: fx.Graph) -> list[Product]:
+    """The products of a graph in their order; the backward of a convolution is taken apart, where it is a weight's.
+
+    A product of a gradient and an activation is that of the weight which the activation is multiplied with in forward;
+    where there are several, of the one whose forward product has its number in autograd's sequence, or whose gradient
+    by the input has the same incoming gradient.
+
+    Args:
+        graph: see `gws_compile.passes.products.round_operands`.
+    """
+    found = _Finder(graph)
+    products = [product for node in list(graph.nodes) for product in found.products_at(node)]
+    return [found.with_weight(product, products) for product in products]
+
+
+class _Finder:
+    def __init__(self, graph: fx.Graph) -> None:
+        self._gradients = _depending(graph)
+        self._origins: dict[fx.Node, fx.Node] = {}
+
+    def products_at(self, node: fx.Node) -> Iterator[Product]:
+        """The products that an operation is."""
+        name = name_of(node)
+        operands = operands_of(node)
+        if operands is not None:
+            yield self._classified(node, operands)
+        elif name == convolutions.FORWARD:
+            yield self._convolution(node)
+        elif name == convolutions.BACKWARD:
+            yield from self._convolution_backward(node)
+        elif name in ATTENTION:
+            yield _left(node, "attention as one operation: attention= takes it apart")
+        elif name in LEFT_ALONE or (name and node.target is not _SAMPLE and self._reads_weight(node)):
+            yield _left(node, f"{name} is not rounded")
+
+    def origin(self, node: fx.Node) -> fx.Node:
+        """What a value is before it was rearranged and converted."""
+        if node not in self._origins:
+            first = node.args[0] if node.args else None
+            is_view = name_of(node) in _VIEWS and isinstance(first, fx.Node)
+            joined = self._joined(node)
+            if joined is not None:
+                self._origins[node] = joined
+            else:
+                self._origins[node] = self.origin(first) if is_view and isinstance(first, fx.Node) else node
+        return self._origins[node]
+
+    def _joined(self, node: fx.Node) -> fx.Node | None:
+        """The first of the samples that a node joins, where it joins samples alone, with the same settings."""
+        if name_of(node) not in ("cat", "stack") or not isinstance(node.args[0], (list, tuple)):
+            return None
+        parts = [self.origin(part) for part in node.args[0] if isinstance(part, fx.Node)]
+        if not all(part.target is _SAMPLE for part in parts):
+            return None
+        same = {ProductSettings.parse(arguments_of(part).products) for part in parts}
+        return parts[0] if len(same) == 1 else None
+
+    def role(self, node: fx.Node) -> Role:
+        """What an operand is."""
+        if node in self._gradients:
+            return "gradient"
+        return "weight" if self.origin(node).target is _SAMPLE else "activation"
+
+    def _reads_weight(self, node: fx.Node) -> bool:
+        """Whether something else than a view takes a sample."""
+        if name_of(node) in (*_VIEWS, "cat", "stack") or node in self._gradients:
+            return False
+        return any(self.origin(given).target is _SAMPLE for given in node.all_input_nodes)
+
+    def _classified(self, node: fx.Node, operands: Iterable[Operand]) -> Product:
+        factors = []
+        for operand in operands:
+            given = node.args[operand.position]
+            assert isinstance(given, fx.Node)
+            factors.append(Factor(operand, self.role(given), given))
+        return self._of_kind(node, tuple(factors))
+
+    def _of_kind(self, node: fx.Node, factors: tuple[Factor, ...]) -> Product:
+        roles = {factor.role for factor in factors}
+        weights = [self.origin(factor.node) for factor in factors if factor.role == "weight"]
+        kind: Kind = ""
+        reason = ""
+        if roles == {"activation", "weight"}:
+            kind = "forward"
+        elif roles == {"gradient", "weight"}:
+            kind = "dgrad"
+        elif roles == {"gradient", "activation"}:
+            kind = "wgrad"
+        elif roles == {"weight"}:
+            reason = "a product of two weights"
+        elif roles == {"activation"}:
+            reason = "no operand is a sampled weight"
+        else:
+            reason = "a product of two gradients"
+        sample = weights[0] if kind in ("forward", "dgrad") else None
+        return Product(node, name_of(node), _location(node), kind, factors, sample, reason)
+
+    def _convolution(self, node: fx.Node) -> Product:
+        about = convolutions.convolution_of(node, backward=False)
+        # (batch, channels, places): the channels are rows.
+        product = self._classified(node, (Operand(0, 1, True), Operand(1, 0, about.transposed)))
+        return _refused(product, about)
+
+    def _convolution_backward(self, node: fx.Node) -> Iterator[Product]:
+        about = convolutions.convolution_of(node, backward=True)
+        given = node.args[convolutions.WEIGHT]
+        if not isinstance(given, fx.Node) or self.role(given) != "weight":
+            yield _left(node, "no operand is a sampled weight")
+            return
+        sample = self.origin(given)
+        parts = convolutions.split_backward(node)
+        for part in parts.values():
+            self._gradients.add(part)
+        gradient, x = node.args[convolutions.GRADIENT], node.args[convolutions.INPUT]
+        assert isinstance(gradient, fx.Node)
+        assert isinstance(x, fx.Node)
+        if "dgrad" in parts:
+            factors = (
+                Factor(Operand(convolutions.GRADIENT, 1, True), "gradient", gradient),
+                Factor(Operand(convolutions.WEIGHT, 0, not about.transposed), "weight", given),
+            )
+            part = parts["dgrad"]
+            yield _refused(Product(part, name_of(part), _location(part), "dgrad", factors, sample), about)
+        if "wgrad" in parts:
+            # Over batch and places, the columns of what has the channels in front.
+            factors = (
+                Factor(Operand(convolutions.GRADIENT, 0, False), "gradient", gradient),
+                Factor(Operand(convolutions.INPUT, 0, False), "activation", x),
+            )
+            part = parts["wgrad"]
+            yield _refused(Product(part, name_of(part), _location(part), "wgrad", factors, sample), about)
+
+    def with_weight(self, product: Product, products: list[Product]) -> Product:
+        """The product with its weight, where it is one of gradient and activation of which that is to be found out."""
+        if product.kind != "wgrad" or product.sample is not None:
+            return product
+        x = self.origin(product.factor("activation").node)
+        forward = [one for one in products if one.kind == "forward" and self.origin(one.factor("activation").node) is x]
+        number = sequence_number(product.node)
+        same_number = [one for one in forward if number is not None and sequence_number(one.node) == number]
+        if len(same_number) == 1:
+            return replace(product, sample=same_number[0].sample)
+        gradient = self.origin(product.factor("gradient").node)
+        behind = {
+            one.sample
+            for one in products
+            if one.kind == "dgrad" and self.origin(one.factor("gradient").node) is gradient
+        }
+        known = [one for one in forward if one.sample in behind] or forward
+        samples = {one.sample for one in known}
+        if len(samples) == 1 or (samples and len({one.settings for one in known}) == 1):
+            return replace(product, sample=known[0].sample)
+        reason = (
+            "no operand is a sampled weight" if not samples else "it cannot be told of which weight it is the gradient"
+        )
+        return replace(product, kind="", reason=reason)
+
+
+def _depending(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that depend on a gradient that comes in."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if is_tangent(node) or any(given in found for given in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _left(node: fx.Node, reason: str) -> Product:
+    return Product(node, name_of(node), _location(node), "", (), None, reason)
+
+
+def _refused(product: Product, about: convolutions.Convolution) -> Product:
+    if about.of_window_alone and product.kind:
+        return replace(product, reason="a depthwise convolution sums over its window alone")
+    return product
+
+
+def _location(node: fx.Node) -> str:
+    return source_of(node).location.rpartition(" in ")[0]

@@ -1,0 +1,272 @@
+"""Round the operands of the products of sampled weights, as their settings say."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from gws_compile.passes.summed_sides import sums_over_rows
+from torch import fx
+
+from gws_compile.ops.sample_arguments import HadamardArguments, RoundArguments
+from gws_compile.ops.sample_weight import DTYPES
+from gws_compile.settings.operands import Operand, ProductSettings
+from gws_compile.torch_internals.graphs import emit, fake_value, is_tangent
+
+from . import convolutions
+from .find_products import Factor, Product, arguments_of
+from .matrix_products import name_of
+
+
+def round_products(graph: fx.Graph, products: Iterable[Product]) -> list[Product]:
+    """Round operands.
+
+    Before::
+
+        mm(x, permute(sample_weight))
+
+    After::
+
+        round_operand = gws.round_operand(x, ..., "e4m3", [1, 32], "floor", "nearest", ...)
+        mm(round_operand, permute(sample_weight))
+
+    Each operand of each product is rounded along what that product sums over, from the value as it was: the activation
+    of wgrad is not the one that forward has rounded. What depends on nothing that comes in from behind is left to the
+    backward all the same, so that nothing more is kept. Where a weight's blocks run along one side, its sample for a
+    product that sums over the other has them turned, with the same noise.
+
+    Args:
+        graph: changed in place.
+        products: of `gws_compile.passes.products.find_products.find_products`.
+
+    Returns:
+        The products, with what was done to their operands.
+
+    Raises:
+        ValueError: a transform does not fit.
+    """
+    rounder = _Rounder(graph)
+    return [rounder.round(product) for product in products]
+
+
+class _Rounder:
+    def __init__(self, graph: fx.Graph) -> None:
+        self._graph = graph
+        self._joint = any(map(is_tangent, graph.nodes))
+        self._made: dict[tuple[Any, ...], fx.Node] = {}
+        self._met: Counter[tuple[fx.Node | None, str]] = Counter()
+
+    def round(self, product: Product) -> Product:
+        """Round the operands of one product."""
+        settings = product.settings
+        if not product.kind or product.reason or not settings.change_something:
+            return product
+        dtypes = {fake_value(factor.node).dtype for factor in product.factors}
+        if not dtypes <= set(DTYPES):
+            return replace(product, reason=f"operands of {', '.join(sorted(map(str, dtypes)))} are not rounded")
+        self._met[product.sample, product.kind] += 1
+        transform, reason = _transform(product, settings)
+        factors = tuple(self._factor(product, factor, settings, transform) for factor in product.factors)
+        return replace(product, factors=factors, reason=reason)
+
+    def _factor(self, product: Product, factor: Factor, settings: ProductSettings, transform: int) -> Factor:
+        assert product.kind
+        if factor.role == "weight":
+            new, rounded = self._weight(product, factor, settings, transform)
+        else:
+            operand = settings.activations if factor.role == "activation" else settings.gradients
+            if operand is not None and not operand.rounds_in(product.kind):
+                operand = None
+            if operand is None and not transform:
+                return factor
+            new = self._operand(product, factor, operand, settings, transform)
+            rounded = "" if operand is None else operand.text
+        if new is not factor.node:
+            args = list(product.node.args)
+            args[factor.operand.position] = new
+            product.node.args = tuple(args)
+        return replace(factor, rounded=rounded)
+
+    def _operand(
+        self, product: Product, factor: Factor, operand: Operand | None, settings: ProductSettings, transform: int
+    ) -> fx.Node:
+        """An activation or a gradient, transformed and rounded."""
+        assert product.kind
+        assert product.sample is not None
+        sample = arguments_of(product.sample)
+        stochastic = operand is not None and operand.rounding == "stochastic"
+        # Two products that round alike have one rounding, unless it is drawn.
+        place = 2 * self._met[product.sample, product.kind] + (product.kind == "wgrad") if stochastic else 0
+        switch = settings.switch(product.kind)
+        value, matrices, restore = self._as_matrices(product, factor)
+        batch_dims, rows = matrices
+        if transform:
+            arguments = HadamardArguments(value, transform, batch_dims, rows)
+            value = self._emit(product, torch.ops.gws.hadamard.default, arguments.call(), factor)
+        if operand is not None:
+            rounded = RoundArguments(
+                x=value,
+                key=sample.key if stochastic else None,
+                clock=sample.clock if stochastic or switch else None,
+                batch_dims=batch_dims,
+                fmt=operand.element.spec,
+                block=operand.side_block(rows=rows),
+                scale=operand.rule,
+                rounding=operand.rounding,
+                place=place,
+                switch=switch,
+            )
+            value = self._emit(product, torch.ops.gws.round_operand.default, rounded.call(), factor)
+        for target, args in restore:
+            value = self._emit(product, target, (value, *args), factor)
+        return value
+
+    def _as_matrices(
+        self, product: Product, factor: Factor
+    ) -> tuple[fx.Node, tuple[int, bool], list[tuple[Any, tuple[Any, ...]]]]:
+        """An operand as matrices that are rounded, its batch dims and whether rows are summed over, and the way back.
+
+        A transposed operand is rounded as it was before. Of a convolution the channels of a group, or batch and places,
+        are brought to one side.
+        """
+        aten, node, operand = torch.ops.aten, factor.node, factor.operand
+        value = fake_value(node)
+        if product.op in (convolutions.FORWARD, convolutions.BACKWARD):
+            about = convolutions.convolution_of(product.node, backward=product.op == convolutions.BACKWARD)
+            if product.kind != "wgrad":
+                if about.groups == 1:
+                    return node, (1, True), []
+                shape = list(value.shape)
+                apart = [shape[0] * about.groups, shape[1] // about.groups, *shape[2:]]
+                return self._emit(product, aten.reshape.default, (node, apart), factor), (1, True), [
+                    (aten.reshape.default, (shape,))
+                ]  # fmt: skip
+            turned = [1, 0, *range(2, value.ndim)]
+            return self._emit(product, aten.permute.default, (node, turned), factor), (0, False), [
+                (aten.permute.default, (turned,))
+            ]  # fmt: skip
+        dims = [*range(operand.batch_dims), operand.batch_dims + 1, operand.batch_dims]
+        if name_of(node) == "permute" and list(node.args[1]) == dims:  # type: ignore[arg-type]
+            base = node.args[0]
+            assert isinstance(base, fx.Node)
+            return base, (operand.batch_dims, not operand.over_rows), [(aten.permute.default, (dims,))]
+        return node, (operand.batch_dims, operand.over_rows), []
+
+    def _weight(
+        self, product: Product, factor: Factor, settings: ProductSettings, transform: int
+    ) -> tuple[fx.Node, str]:
+        """The weight of a product, sampled for it, and how that is said."""
+        assert product.kind
+        assert product.sample is not None
+        given = arguments_of(product.sample)
+        turned = self._turned(product, factor, settings)
+        switch = settings.switch(product.kind)
+        text = f"{given.fmt}, {_block_text(given.block[::-1] if turned else given.block)}, {given.scale or 'no scale'}"
+        if not (turned or transform or switch != given.switch):
+            return factor.node, text
+        late = product.kind == "dgrad"
+        w = given.w
+        if transform:
+            over_rows = bool(self._over_rows(product, factor))
+            arguments = HadamardArguments(w, transform, given.batch_dims, over_rows)
+            w = self._add(product, torch.ops.gws.hadamard.default, arguments.call(), in_backward=late)
+        maxima = given.maxima if given.scale == "nvfp4" or not turned else None
+        again = replace(
+            given, w=w, block=list(given.block[::-1] if turned else given.block), switch=switch, maxima=maxima
+        )
+        clone = {product.sample: self._add(product, product.sample.target, again.call(), in_backward=late)}
+        return self._replayed(product, factor.node, clone, in_backward=late), text
+
+    def _replayed(
+        self, product: Product, node: fx.Node, clone: dict[fx.Node, fx.Node], *, in_backward: bool
+    ) -> fx.Node:
+        """The views of a sample, of its clone."""
+        if node in clone:
+            return clone[node]
+        first = node.args[0]
+        if isinstance(first, (list, tuple)):  # several samples, joined
+            parts = [self._replayed(product, one, clone, in_backward=in_backward) for one in first]  # type: ignore[arg-type]
+            args: tuple[Any, ...] = (parts, *node.args[1:])
+        elif isinstance(first, fx.Node) and node.target is not torch.ops.gws.sample_weight.default:
+            args = (self._replayed(product, first, clone, in_backward=in_backward), *node.args[1:])
+        else:
+            return node
+        return self._add(product, node.target, args, in_backward=in_backward)
+
+    def _turned(self, product: Product, factor: Factor, settings: ProductSettings) -> bool:
+        """Whether the blocks of the weight's sample run along another side than the product sums over."""
+        assert product.sample is not None
+        given = arguments_of(product.sample)
+        across, along = given.block
+        if across == along or given.rule or not settings.rounds:
+            return False
+        if product.kind == "dgrad" and (settings.gradients is None or not settings.gradients.rounds_in("dgrad")):
+            return False
+        over_rows = self._over_rows(product, factor)
+        if over_rows is None:
+            return False
+        # Blocks of one row run along the columns, and the other way round; 0 is a whole side.
+        along_columns = across == 1 or (along == 0 and across != 0)
+        return over_rows == along_columns
+
+    def _over_rows(self, product: Product, factor: Factor) -> bool | None:
+        """Whether the product sums over the rows of the weight's matrices."""
+        assert product.sample is not None
+        if product.op in (convolutions.FORWARD, convolutions.BACKWARD):
+            return factor.operand.over_rows
+        weight, operand = fake_value(product.sample), fake_value(factor.node)
+        dim = -2 if factor.operand.over_rows else -1
+        return sums_over_rows(weight, arguments_of(product.sample).batch_dims, operand, dim)
+
+    def _emit(self, product: Product, target: Any, args: tuple[Any, ...], factor: Factor) -> fx.Node:
+        # What depends on a gradient is in the backward anyway.
+        late = product.kind == "wgrad" and factor.role == "activation"
+        return self._add(product, target, args, in_backward=late)
+
+    def _add(self, product: Product, target: Any, args: tuple[Any, ...], *, in_backward: bool) -> fx.Node:
+        """A new node in front of a product; one that is there already, where the same has been made."""
+        key = (target, in_backward, _hashable(args))
+        if key not in self._made:
+            with self._graph.inserting_before(product.node):
+                self._made[key] = emit(self._graph, product.node, target, args, in_backward=in_backward and self._joint)
+        return self._made[key]
+
+
+def _transform(product: Product, settings: ProductSettings) -> tuple[int, str]:
+    """The size of the transform of a product's operands, 0 for none; and why one that is asked for is left out."""
+    asking = {"forward": settings.activations, "wgrad": settings.gradients, "dgrad": None}[product.kind or "dgrad"]
+    if asking is None or asking.hadamard is None or not asking.rounds_in(product.kind):  # type: ignore[arg-type]
+        return 0, ""
+    size = asking.hadamard
+    if product.op in (convolutions.FORWARD, convolutions.BACKWARD):
+        return 0, "not transformed: a convolution does not sum over groups that lie side by side"
+    if any(factor.operand.ragged for factor in product.factors):
+        return 0, "not transformed: it sums over the tokens of each expert apart"
+    for factor in product.factors:
+        summed = _summed_size(product, factor)
+        if summed % size:
+            what = {"forward": "features", "wgrad": "tokens"}[product.kind or ""]
+            raise ValueError(
+                f"hadamard={size} does not divide the {summed} {what} that {product.kind} of {product.op} at "
+                f"{product.location or 'an unknown place'} sums over: use another size, pad the {what}, or exclude the "
+                "weight"
+            )
+    return size, ""
+
+
+def _summed_size(product: Product, factor: Factor) -> Any:
+    value = fake_value(factor.node)
+    return value.shape[-2 if factor.operand.over_rows else -1]
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_hashable, value))
+    return value
+
+
+def _block_text(block: Iterable[int]) -> str:
+    return " x ".join(str(side or "all") for side in block)
