@@ -121,7 +121,7 @@ def linear(
     rest: tuple[Any, ...],
 ) -> torch.Tensor:
     """What is compiled."""
-    w_hat = torch.ops.gws.sample_weight(w, *source, 0, *settings, *rest, True, OPERATOR_VERSION)
+    w_hat = torch.ops.gws.sample_weight(w, *source, 0, *settings, *rest, True, 0, "", OPERATOR_VERSION)
     return F.linear(x, w_hat.to(torch.bfloat16))
 
 

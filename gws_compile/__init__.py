@@ -46,7 +46,7 @@ from .numerics.presets import PRESETS, Preset
 from .ops.reference import quantize, sample
 from .recipes import RECIPES
 from .report.metrics import Metrics, WeightMetrics
-from .report.records import GraphBreak, GraphRecord, ReadRecord, WeightRecord
+from .report.records import GraphBreak, GraphRecord, ProductRecord, ReadRecord, WeightRecord
 from .report.report import Report
 from .settings.attention import AttentionOperands
 from .settings.learned_bits import LearnedBits
@@ -76,6 +76,7 @@ __all__ = [
     "Metrics",
     "Operand",
     "Preset",
+    "ProductRecord",
     "ReadRecord",
     "Recipe",
     "Report",

@@ -5,6 +5,9 @@
     insert_samples  puts ``gws::sample_weight`` between a weight and its reads         new nodes, new inputs
     fold_casts      has a sample come in the dtype that its reads convert it to        the samples' arguments
     mark_recompute  marks the samples that backward is to draw again                   the samples' metadata
+    round_attention takes attention apart and rounds what it multiplies          new nodes
+
+What weights are multiplied with is rounded later, forward and backward, in AOTAutograd's graph: `passes.products`.
 
 A pass is a function of a `Rewrite`, the graph with what is known of it, and of settings of its own, which are bound
 when it is put on the list, `passes_of`. It says in its docstring what it requires and what it provides. Passes know
@@ -25,19 +28,21 @@ from torch import fx
 
 from gws_compile.config import Config
 
+from .attention import round_attention
 from .find_reads import find_reads
 from .fold_casts import fold_casts
 from .graph_walk import samples
 from .input_layout import InputLayout, LearnedInput
 from .insert_samples import insert_samples, without_samples
 from .mark_recompute import mark_recompute, without_marks
-from .rewrite_context import Rewrite
+from .rewrite_context import AttentionUse, Rewrite
 from .runner import SKIP_VARIABLE, Pass, run
 from .select_weights import select_weights, treatment_of
 from .weights import Read, Weight, keep_weights, weights_of
 
 __all__ = [
     "SKIP_VARIABLE",
+    "AttentionUse",
     "InputLayout",
     "LearnedInput",
     "Pass",
@@ -72,6 +77,14 @@ def passes_of(
         Pass(insert_samples, {"config": config}, without=without_samples),
         Pass(fold_casts, {}, without=lambda rewrite: None),
         Pass(mark_recompute, {"backward": config.backward}, without=without_marks),
+        Pass(
+            round_attention,
+            {
+                "attention": config.attention,
+                "scheduled": config.schedule is not None and config.schedule.attention != (0, None),
+            },
+            without=lambda rewrite: None,
+        ),
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from gws_compile.torch_internals.graphs import checkpoint_body, copy_graph_module
+from gws_compile.torch_internals.graphs import add_placeholder, checkpoint_body, copy_graph_module, example_value
 
 
 def body_of(module: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
@@ -22,6 +22,17 @@ def placeholders_of(body: fx.GraphModule, node: fx.Node, operand: fx.Node) -> li
     """The placeholders in a checkpoint's body that stand for an operand of the checkpoint's node."""
     placeholders = body.graph.find_nodes(op="placeholder")
     return [p for p, given in zip(placeholders, node.args[1:], strict=False) if given is operand]
+
+
+def as_operand(body: fx.GraphModule, node: fx.Node, given: fx.Node | None) -> fx.Node | None:
+    """The placeholder inside a body for an outer node, which becomes an operand of the checkpoint if it is none yet."""
+    if given is None:
+        return None
+    known = placeholders_of(body, node, given)
+    if known:
+        return known[0]
+    node.args = (*node.args, given)
+    return add_placeholder(body.graph, given.name, example_value(given))
 
 
 def nodes(module: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, fx.Node]]:

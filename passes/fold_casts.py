@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import fx
@@ -12,7 +11,7 @@ from gws_compile.ops.sample_arguments import SampleArguments
 from gws_compile.torch_internals.graphs import example_value
 
 from . import operations
-from .bodies import nodes
+from .autocast import dtype_in, with_regions
 from .graph_walk import Step
 from .rewrite_context import Rewrite
 
@@ -48,8 +47,8 @@ def fold_casts(rewrite: Rewrite) -> None:
     if not rewrite.samples:
         return
     autocast = {
-        node: _autocast_dtype(node, regions)
-        for node, regions in _autocast_regions(rewrite.module)
+        node: dtype_in(regions, node)
+        for node, regions in with_regions(rewrite.module)
         if operations.name_of(node) in operations.AUTOCAST
     }
     for sample in rewrite.samples:
@@ -78,34 +77,3 @@ def _converts_to(node: fx.Node) -> torch.dtype | None:
         return None
     value = example_value(node)
     return value.dtype if isinstance(value, torch.Tensor) else None
-
-
-def _autocast_regions(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, dict[str, torch.dtype | None]]]:
-    """The nodes, each with the regions that it is in: device type -> dtype, None where autocast is off.
-
-    A device type that is not there is left to the mode in which the graph is traced. The body of a checkpoint lies in
-    the regions around its node.
-    """
-    regions: list[dict[str, torch.dtype | None]] = [{}]
-    for _, node in nodes(gm):
-        name = operations.name_of(node)
-        if name == "_enter_autocast":
-            entered: Any = node.args[:3]
-            device_type, dtype, enabled = entered
-            inside = (dtype or torch.get_autocast_dtype(device_type)) if enabled else None
-            regions.append({**regions[-1], device_type: inside})
-        elif name == "_exit_autocast":
-            regions.pop()
-        else:
-            yield node, regions[-1]
-
-
-def _autocast_dtype(read: fx.Node, regions: dict[str, torch.dtype | None]) -> torch.dtype | None:
-    """What autocast converts a read's operands to; None where it is off."""
-    value = next((example_value(n) for n in read.all_input_nodes), None)
-    device_type = value.device.type if isinstance(value, torch.Tensor) else "cpu"
-    if device_type in regions:
-        return regions[device_type]
-    if not torch.amp.is_autocast_available(device_type):  # meta
-        return None
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None

@@ -19,7 +19,7 @@ from gws_compile.torch_internals.fake_tensors import fake_like
 from gws_compile.torch_internals.graphs import add_placeholder, example_value, set_gradients
 
 from . import operations
-from .bodies import placeholders_of
+from .bodies import as_operand
 from .gradient_modes import gradient_modes
 from .graph_walk import GRADIENTS, READS, End, Place, Step
 from .input_layout import InputLayout, LearnedInput
@@ -150,7 +150,7 @@ class _Inputs:
 
     def inside(self, body: fx.GraphModule, call: fx.Node) -> _Inputs:
         """Those inside of a checkpoint's body."""
-        key, clock, widths = (_as_operand(body, call, given) for given in (self.key, self.clock, self.widths))
+        key, clock, widths = (as_operand(body, call, given) for given in (self.key, self.clock, self.widths))
         return _Inputs(key, clock, widths, self.noisy)
 
 
@@ -345,7 +345,7 @@ class _Inserter:
         """Hand ``new`` to a checkpoint's body, as a further operand, for some of the uses inside."""
         places = []
         for place in step.places:
-            inside = _as_operand(place.module, step.node, new)
+            inside = as_operand(place.module, step.node, new)
             assert inside is not None
             places.append(Place(place.module, inside, self._redirect_further(step, place, inside, wanted)))
         return Step(step.node, "body", tuple(places), step.mode)
@@ -358,14 +358,3 @@ class _Inserter:
             if ends:
                 served += self._redirect(place.module, onward, place.node, new, ends)
         return tuple(served)
-
-
-def _as_operand(body: fx.GraphModule, node: fx.Node, given: fx.Node | None) -> fx.Node | None:
-    """The placeholder inside a body for an outer node, which becomes an operand of the checkpoint if it is none yet."""
-    if given is None:
-        return None
-    known = placeholders_of(body, node, given)
-    if known:
-        return known[0]
-    node.args = (*node.args, given)
-    return add_placeholder(body.graph, given.name, example_value(given))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -52,6 +52,23 @@ class PassRun:
         return f"pass {self.name}: {1000 * self.seconds:.2f} ms, {self.nodes:+d} nodes"
 
 
+@dataclass(frozen=True)
+class AttentionUse:
+    """Attention in a graph, or in a checkpoint's body.
+
+    Attributes:
+        op: the operation; ``"softmax"`` for what a model writes out.
+        location: ``file:line`` of the user's code.
+        rounded: how its operands are rounded, in words; empty where they are not.
+        reason: why they are not.
+    """
+
+    op: str
+    location: str
+    rounded: str
+    reason: str
+
+
 @dataclass
 class Rewrite:
     """A graph on its way through the passes, with what they have found and done.
@@ -62,6 +79,7 @@ class Rewrite:
         weights: of `find_reads`.
         layout: the inputs that `insert_samples` has added.
         samples: those that it has inserted.
+        attention: what `round_attention` has found.
         runs: the passes so far.
     """
 
@@ -70,7 +88,18 @@ class Rewrite:
     weights: list[Weight] = field(default_factory=list)
     layout: InputLayout = field(default_factory=InputLayout)
     samples: list[Sample] = field(default_factory=list)
+    attention: list[AttentionUse] = field(default_factory=list)
     runs: list[PassRun] = field(default_factory=list)
+
+    def add_clock(self, device: torch.device) -> None:
+        """Note a clock that is the last input but the widths."""
+        layout = self.layout
+        self.layout = replace(
+            layout,
+            positions={**layout.positions, device: ()},
+            names={**layout.names, device: ()},
+            training=layout.training or self.gradients,
+        )
 
     @staticmethod
     def of(gm: fx.GraphModule) -> Rewrite:

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..config import Config
+from ..config import Config, Inner
 from ..passes import Rewrite, treatment_of
 from ..passes.bodies import copy_with_bodies
-from ..passes.products import identity, round_operands
 from ..runtime.binding import Binding, Bindings
 from ..runtime.clock import Clock, DrawState
 from ..runtime.recomputation import Recomputations
@@ -74,9 +73,10 @@ class GraphCompiler:
         Returns:
             A function of the inputs of Dynamo's graph.
         """
+        graph_pass = self.rewriting.products[rewritten.module].graph_pass
 
         def compile(module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
-            return _compile(module, inputs, self.config, mode, options)
+            return _compile(module, inputs, self.config.inner, graph_pass, mode, options)
 
         # Fake tensors of fixed shape: AOTAutograd gives real inputs without a source symbolic sizes.
         added = rewritten.module.graph.find_nodes(op="placeholder")[len(example_inputs) :]
@@ -87,10 +87,13 @@ class GraphCompiler:
 
 
 def _compile(
-    gm: fx.GraphModule, inputs: Sequence[Any], config: Config, mode: str | None, options: dict[str, Any] | None
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    inner: Inner,
+    graph_pass: GraphPass | None,
+    mode: str | None,
+    options: dict[str, Any] | None,
 ) -> Compiled:
-    inner = config.inner
-    graph_pass = GraphPass(round_operands, identity()) if config.products.change_something else None
     if inner != "eager":
         from ..codegen import lowering  # noqa: F401  (registers the operator's lowering; imports Inductor)
     if inner == "inductor":

@@ -55,6 +55,7 @@ class Reporting:
             self._records(),
             None if self._learned is None else self._learned.summary(),
             graphs=self._rewriting.graph_records,
+            products=[record for graph in self._rewriting.products.values() for record in graph.records()],
             settings=self._config.texts(),
             histograms=self.histograms,
         )

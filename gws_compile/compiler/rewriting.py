@@ -19,6 +19,7 @@ from ..runtime.trace_names import TracedWeight, called_weights, traced_weights
 from ..torch_internals.dynamo import timed, trace_artifact
 from ..torch_internals.graphs import placeholder_source
 from .diagnostics import Diagnostics
+from .products import GraphProducts
 
 log = logging.getLogger("gws_compile")
 
@@ -34,12 +35,14 @@ class Rewriting:
         graphs: the rewritten graphs, in the order in which they came.
         graph_records: a record of each.
         records: their weights, each with its record, graph by graph.
+        products: of each rewritten graph, other forms included, what becomes of its products.
     """
 
     def __init__(self, config: Config, diagnostics: Diagnostics) -> None:
         self.graphs: list[fx.GraphModule] = []
         self.graph_records: list[GraphRecord] = []
         self.records: list[tuple[Weight, WeightRecord]] = []
+        self.products: dict[fx.GraphModule, GraphProducts] = {}
         self._config = config
         self._diagnostics = diagnostics
         self._tables = _Tables()
@@ -94,6 +97,7 @@ class Rewriting:
             rewritten = rewrite(
                 gm, self._config, number=len(self.graphs), names=names, is_table=lambda weight: weight.source in tables
             )
+        self._keep_products(len(self.graphs), rewritten)
         self.graphs.append(rewritten.module)
         self.records += [(weight, weight_record(weight, self._config)) for weight in rewritten.weights]
         return rewritten
@@ -117,6 +121,7 @@ class Rewriting:
 
     def _keep(self, number: int, gm: fx.GraphModule, rewritten: Rewrite, records: list[WeightRecord]) -> None:
         before = gm.print_readable(print_output=False)  # the graph itself goes when it is compiled
+        self._keep_products(number, rewritten)
         self.graphs.append(rewritten.module)
         self.graph_records.append(graph_record(number, gm, before, rewritten))
         self.records += zip(rewritten.weights, records, strict=True)
@@ -134,6 +139,9 @@ class Rewriting:
             log.debug("graph %d: %s: %s", number, record.name, record.reason or "rewritten")
         trace_artifact(f"gws_compile_before_{number}", lambda: before)
         trace_artifact(f"gws_compile_after_{number}", partial(rewritten.module.print_readable, print_output=False))
+
+    def _keep_products(self, number: int, rewritten: Rewrite) -> None:
+        self.products[rewritten.module] = GraphProducts(number, rewritten, self._config)
 
 
 class _Tables:

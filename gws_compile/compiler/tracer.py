@@ -94,6 +94,7 @@ class Tracer:
             report.records,
             report.bits,
             graphs=report.graphs,
+            products=report.products,
             breaks=[*report.breaks, *self._left],
             settings=report.settings,
             histograms=self._reporting.histograms,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -101,6 +102,40 @@ class GraphBreak:
     def cause(self) -> str:
         """The first line of the reason."""
         return self.reason.strip().partition("\n")[0]
+
+
+@dataclass(frozen=True)
+class ProductRecord:
+    """One product of a graph, forward or backward, and how its operands are rounded.
+
+    Attributes:
+        graph: number of the graph.
+        weight: name of the sampled weight whose product it is; empty for another product.
+        kind: ``"forward"``, ``"dgrad"`` or ``"wgrad"`` of that weight; ``"attention"``; empty for another product.
+        op: the operation, such as ``"mm"``.
+        location: ``file:line`` of the user's code; empty where unknown.
+        operands: ``"weight"``, ``"activation"``, ``"gradient"``, ``"attention"`` -> how it is rounded, in words; empty
+            text for one that is not.
+        reason: why operands are not rounded that could be; empty where there is none.
+    """
+
+    graph: int
+    weight: str
+    kind: str
+    op: str
+    location: str
+    operands: Mapping[str, str]
+    reason: str = ""
+
+    @property
+    def rounded(self) -> bool:
+        """Whether an operand that is no weight is."""
+        return any(text for role, text in self.operands.items() if role != "weight")
+
+    @property
+    def text(self) -> str:
+        """How its operands are rounded, in one line."""
+        return "; ".join(f"{role} {text or 'not rounded'}" for role, text in self.operands.items())
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from math import prod
@@ -14,7 +15,7 @@ from tabulate import tabulate
 from ..learned_bits.summary import BitsSummary
 from .collect import all_breaks, merged
 from .histograms import Histogram
-from .records import GraphBreak, GraphRecord, WeightRecord
+from .records import GraphBreak, GraphRecord, ProductRecord, WeightRecord
 
 _LINE = "\n"
 
@@ -29,6 +30,8 @@ class Report:
         records: the weights.
         bits: what learned bit widths stand for now; None while widths are fixed, or before any is known.
         graphs: the traced graphs; a pickled report has none.
+        products: where activations, gradients or attention are rounded, each product of the graphs, forward and
+            backward, with what becomes of its operands; else none.
         breaks: the graph breaks, each once.
         settings: those of the backend, as text by name.
     """
@@ -39,6 +42,7 @@ class Report:
         bits: BitsSummary | None = None,
         *,
         graphs: Sequence[GraphRecord] = (),
+        products: Iterable[ProductRecord] = (),
         breaks: Iterable[GraphBreak] = (),
         settings: Mapping[str, str] | None = None,
         histograms: Callable[[int], Sequence[Histogram]] | None = None,
@@ -46,12 +50,13 @@ class Report:
         self.records = merged(records)
         self.bits = bits
         self.graphs = tuple(graphs)
+        self.products = tuple(products)
         self.breaks = all_breaks(self.graphs, breaks)
         self.settings = dict(settings or {})
         self._histograms = histograms
 
     def __reduce__(self) -> tuple[Callable[..., Report], tuple[Any, ...]]:
-        return _without_graphs, (self.records, self.bits, self.breaks, self.settings)
+        return _without_graphs, (self.records, self.bits, self.breaks, self.settings, self.products)
 
     @property
     def rewritten(self) -> tuple[WeightRecord, ...]:
@@ -62,6 +67,11 @@ class Report:
     def skipped(self) -> tuple[WeightRecord, ...]:
         """The weights left alone; ``reason`` says why."""
         return tuple(r for r in self.records if not r.rewritten)
+
+    @property
+    def unrounded(self) -> tuple[ProductRecord, ...]:
+        """The products of which something is not rounded that could be; ``reason`` says why."""
+        return tuple(product for product in self.products if product.reason)
 
     @property
     def has_rules(self) -> bool:
@@ -86,14 +96,16 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The whole report, the graphs' code left out, in what JSON knows.
 
-        Keys: ``settings``; ``weights``, keyed as `WeightRecord`; ``bits``, as `BitsSummary` or null; ``graphs``, with
-        ``number``, ``compile_id``, ``location``, ``gradients`` and ``recompiled``; ``graph_breaks``, as `GraphBreak`.
+        Keys: ``settings``; ``weights``, keyed as `WeightRecord`; ``bits``, as `BitsSummary` or null; ``products``, as
+        `ProductRecord`; ``graphs``, with ``number``, ``compile_id``, ``location``, ``gradients`` and ``recompiled``;
+        ``graph_breaks``, as `GraphBreak`.
         """
         keys = ("number", "compile_id", "location", "gradients", "recompiled")
         return {
             "settings": self.settings,
             "weights": [asdict(record) for record in self.records],
             "bits": None if self.bits is None else asdict(self.bits),
+            "products": [asdict(product) for product in self.products],
             "graphs": [{key: getattr(graph, key) for key in keys} for graph in self.graphs],
             "graph_breaks": [asdict(one) for one in self.breaks],
         }
@@ -144,6 +156,8 @@ class Report:
             text += f"\nschedule: {self.settings['schedule']}"
         if self.bits is not None:
             text += f"\n\n{self._bits_table(self.bits)}"
+        if self.products:
+            text += f"\n\n{self._products_text()}"
         for what, lines in (
             ("graph break", [f"{b.location or 'a whole frame is left'}: {b.cause}" for b in self.breaks]),
             ("recompilation", [f"{g.location}: {g.recompiled.partition(_LINE)[0]}" for g in self.recompilations]),
@@ -153,6 +167,29 @@ class Report:
                     f"  {x}" for x in lines
                 )
         return text
+
+    def _products_text(self) -> str:
+        """How many products are rounded, and how; and those of which something is not."""
+        counted = Counter(
+            (product.kind, product.text) for product in self.products if product.kind and not product.reason
+        )
+        table = tabulate(
+            [(kind, count, text) for (kind, text), count in counted.items()],
+            headers=("product", "count", "operands"),
+            colalign=("left", "right", "left"),
+            disable_numparse=True,
+        )
+        left = Counter(
+            (f"{one.kind} of {one.weight}" if one.weight else one.op, one.location, one.reason)
+            for one in self.unrounded
+        )
+        lines = [
+            f"  {what}{f' at {location}' if location else ''}{f', {count} times' if count > 1 else ''}: {reason}"
+            for (what, location, reason), count in left.items()
+        ]
+        return "\n".join(
+            [table, *([f"{len(self.unrounded)} products with operands left alone:"] if left else []), *lines]
+        )
 
     def _bits_table(self, bits: BitsSummary) -> str:
         formats = list(bits.share)
@@ -175,5 +212,6 @@ def _without_graphs(
     bits: BitsSummary | None,
     breaks: Iterable[GraphBreak],
     settings: Mapping[str, str],
+    products: Iterable[ProductRecord],
 ) -> Report:
-    return Report(records, bits, breaks=breaks, settings=settings)
+    return Report(records, bits, breaks=breaks, settings=settings, products=products)

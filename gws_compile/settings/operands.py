@@ -136,10 +136,9 @@ class Operand:
     def text(self) -> str:
         """What it says, in words: ``"mxfp8, 1 x 32, stochastic"``."""
         rows, length = self.sides
-        block = {(1, None): "channel", (None, None): "tensor"}.get(
-            (rows, length), f"{rows or 'all'} x {length or 'all'}"
-        )
-        parts = [self.name, block, self.rule or "no scale"]
+        named = {(1, None): "channel", (None, None): "tensor"}
+        block = named.get((rows, length), f"{rows or 'all'} x {length or 'all'}")
+        parts = [self.name, *([block] if self.rule not in ("", "unit") else []), self.rule or "no scale"]
         parts += ["stochastic"] if self.rounding == "stochastic" else []
         parts += [f"hadamard {self.hadamard}"] if self.hadamard else []
         parts += [f"in {' and '.join(self.products)}"] if self.products else []

@@ -70,8 +70,29 @@ def _custom_pass(graph_pass: GraphPass, before: Any) -> Any:
     return Both()
 
 
+def traced(gm: fx.GraphModule, example_inputs: Sequence[Any], graph_pass: GraphPass, *, decomposed: bool) -> None:
+    """Have AOTAutograd trace a graph, run a pass over what it traces, and compile nothing.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: its inputs, fake.
+        graph_pass: the pass.
+        decomposed: into the operations that Inductor takes.
+
+    Relies on what `aot_compile` does, and on ``torch._inductor.decomposition.select_decomp_table``.
+    Checked on torch 2.11 to 2.15.
+    """
+    table = find("torch._inductor.decomposition", "select_decomp_table")() if decomposed else None
+    aot_compile(gm, example_inputs, lambda graph, _: graph.forward, graph_pass, decompositions=table)
+
+
 def aot_compile(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: Callable[..., Any], graph_pass: GraphPass
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    compiler: Callable[..., Any],
+    graph_pass: GraphPass,
+    *,
+    decompositions: Any = None,
 ) -> Callable[..., Any]:
     """Compile with AOTAutograd, a pass over its graph, and a compiler that gets the forward and the backward.
 
@@ -80,6 +101,7 @@ def aot_compile(
         example_inputs: its inputs.
         compiler: called with a graph of ATen's operations and its inputs; returns a function of them.
         graph_pass: runs on the joint graph, or on that of a forward without gradients.
+        decompositions: a table of ATen's operations that are taken apart; None for the usual ones.
 
     Relies on ``torch._dynamo.backends.common.aot_autograd``, ``min_cut_rematerialization_partition`` and
     ``make_boxed_func``, as Dynamo's ``aot_eager`` does. Checked on torch 2.11 to 2.15.
@@ -103,6 +125,7 @@ def aot_compile(
         bw_compiler=compiled,
         inference_compiler=inference,
         partition_fn=partitioned,
+        decompositions=decompositions,
         keep_inference_input_mutations=True,
     )
     made: Callable[..., Any] = aot(gm, list(example_inputs))

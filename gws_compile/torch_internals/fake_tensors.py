@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -49,6 +49,23 @@ def fake_like(value: torch.Tensor, example: object) -> object:
     """
     mode = find("torch._guards", "detect_fake_mode")([example])
     return mode.from_tensor(value, static_shapes=True) if mode is not None else value
+
+
+def in_one_mode(values: Sequence[Any], made: Sequence[torch.Tensor]) -> list[Any]:
+    """Fake tensors, and behind them others of fixed shapes, made anew in the mode of the first.
+
+    While it compiles, Dynamo has another mode than the one that it traced in.
+
+    Relies on ``torch._guards.detect_fake_mode``. Checked on torch 2.11 to 2.15.
+    """
+    mode = find("torch._guards", "detect_fake_mode")(list(values))
+    if mode is None:
+        return [*values, *made]
+    with mode:
+        again = [
+            torch.empty(one.shape, dtype=one.dtype, device=one.device).requires_grad_(one.requires_grad) for one in made
+        ]
+    return [*values, *again]
 
 
 def map_tensors(function: Callable[[torch.Tensor], object], tree: Tree) -> Tree:

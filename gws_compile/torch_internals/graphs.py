@@ -66,14 +66,16 @@ def set_gradients(graph: fx.Graph, enabled: bool) -> fx.Node:
     return graph.call_function(find("torch._C", "_set_grad_enabled"), (enabled,))
 
 
-def add_placeholder(graph: fx.Graph, name: str, example_value: object) -> fx.Node:
-    """Append an input that Dynamo knows nothing of, behind the last placeholder.
+def add_placeholder(graph: fx.Graph, name: str, example_value: object, *, before: fx.Node | None = None) -> fx.Node:
+    """Append an input that Dynamo knows nothing of, behind the last placeholder, or in front of one.
 
     Relies on AOTAutograd taking ``_dynamo_source = None`` for an input without a source.
     Checked on torch 2.11 to 2.15.
     """
     last = [n for n in graph.nodes if n.op == "placeholder"]
     where = graph.inserting_after(last[-1]) if last else graph.inserting_before(next(iter(graph.nodes)))
+    if before is not None:
+        where = graph.inserting_before(before)
     with where:
         node = graph.placeholder(name)
     node.meta["example_value"] = example_value
@@ -210,3 +212,19 @@ _CARRIED = (
     "autograd_backward",
 )
 """What an operation has of the one that it belongs to."""
+
+
+def enter_autocast(graph: fx.Graph, device_type: str, *, enabled: bool) -> fx.Node:
+    """Add a node that begins a region of autocast, or one without, as Dynamo writes it.
+
+    Relies on ``torch.amp.autocast_mode._enter_autocast``. Checked on torch 2.11 to 2.15.
+    """
+    return graph.call_function(find("torch.amp.autocast_mode", "_enter_autocast"), (device_type, None, enabled, None))
+
+
+def exit_autocast(graph: fx.Graph, region: fx.Node) -> fx.Node:
+    """Add a node that ends a region of autocast.
+
+    Relies on ``torch.amp.autocast_mode._exit_autocast``. Checked on torch 2.11 to 2.15.
+    """
+    return graph.call_function(find("torch.amp.autocast_mode", "_exit_autocast"), (region,))

@@ -29,6 +29,7 @@ _GIVEN = "finding the models that a backend was given to, for reports and warnin
 _FAKE = "graphs that are called on fake tensors, and Backend.prepare"
 _SIGNATURES = "finding an operation's operands by their names"
 _PRODUCTS = "activations and gradients that are rounded (activations=, gradients=, recipe=)"
+_ATTENTION = "attention that is rounded (attention=)"
 _SHARDS = "blocks and noise of sharded weights (FSDP2, tensor parallelism)"
 
 PRIVATE_NAMES: Mapping[str, PrivateName] = {
@@ -77,6 +78,7 @@ PRIVATE_NAMES: Mapping[str, PrivateName] = {
         _KERNEL, "torch.backends.cpu.get_cpu_capability(), which does not know Inductor's settings"
     ),
     "torch._inductor.custom_graph_pass.CustomGraphPass": PrivateName(_PRODUCTS),
+    "torch._inductor.decomposition.select_decomp_table": PrivateName("the products of graphs in reports"),
     "torch._inductor.ir.ComputedBuffer": PrivateName(_LOWERING),
     "torch._inductor.ir.CppTemplateBuffer": PrivateName(_KERNEL),
     "torch._inductor.ir.FixedLayout": PrivateName(_LOWERING),
@@ -100,6 +102,8 @@ PRIVATE_NAMES: Mapping[str, PrivateName] = {
     "torch._ops.HigherOrderOperator": PrivateName("telling operators that call a graph from others"),
     "torch._subclasses.fake_tensor.FakeTensor": PrivateName(_FAKE),
     "torch._subclasses.fake_tensor.FakeTensorMode": PrivateName("Backend.prepare"),
+    "torch.amp.autocast_mode._enter_autocast": PrivateName(_ATTENTION),
+    "torch.amp.autocast_mode._exit_autocast": PrivateName(_ATTENTION),
     "torch.distributed.pipelining.stage._PipelineStageBase": PrivateName(
         "names of weights in pipeline stages", "PipelineStage, which is not the base of traced pipelines' stages"
     ),

@@ -11,6 +11,7 @@ import torch
 from gws_compile.passes.summed_sides import sums_over_rows
 from torch import fx
 
+from gws_compile.ops import hadamard, round_operand  # noqa: F401  (register the operators)
 from gws_compile.ops.sample_arguments import HadamardArguments, RoundArguments
 from gws_compile.ops.sample_weight import DTYPES
 from gws_compile.settings.operands import Operand, ProductSettings
@@ -83,7 +84,7 @@ class _Rounder:
             if operand is None and not transform:
                 return factor
             new = self._operand(product, factor, operand, settings, transform)
-            rounded = "" if operand is None else operand.text
+            rounded = "" if operand is None else _said(operand, transform)
         if new is not factor.node:
             args = list(product.node.args)
             args[factor.operand.position] = new
@@ -129,7 +130,8 @@ class _Rounder:
     ) -> tuple[fx.Node, tuple[int, bool], list[tuple[Any, tuple[Any, ...]]]]:
         """An operand as matrices that are rounded, its batch dims and whether rows are summed over, and the way back.
 
-        A transposed operand is rounded as it was before. Of a convolution the channels of a group, or batch and places,
+        A transposed operand is rounded as it was before, so that whoever has taken the graph apart, an element has the
+        same index. Of a convolution the channels of a group, or batch and places,
         are brought to one side.
         """
         aten, node, operand = torch.ops.aten, factor.node, factor.operand
@@ -148,11 +150,9 @@ class _Rounder:
             return self._emit(product, aten.permute.default, (node, turned), factor), (0, False), [
                 (aten.permute.default, (turned,))
             ]  # fmt: skip
-        dims = [*range(operand.batch_dims), operand.batch_dims + 1, operand.batch_dims]
-        if name_of(node) == "permute" and list(node.args[1]) == dims:  # type: ignore[arg-type]
-            base = node.args[0]
-            assert isinstance(base, fx.Node)
-            return base, (operand.batch_dims, not operand.over_rows), [(aten.permute.default, (dims,))]
+        base = _transposed(node, operand.batch_dims)
+        if base is not None:
+            return base, (operand.batch_dims, not operand.over_rows), [(node.target, node.args[1:])]
         return node, (operand.batch_dims, operand.over_rows), []
 
     def _weight(
@@ -233,6 +233,27 @@ class _Rounder:
             with self._graph.inserting_before(product.node):
                 self._made[key] = emit(self._graph, product.node, target, args, in_backward=in_backward and self._joint)
         return self._made[key]
+
+
+def _transposed(node: fx.Node, batch_dims: int) -> fx.Node | None:
+    """What a node is the transpose of, matrix by matrix; None where it is none."""
+    name, dims = name_of(node), batch_dims + 2
+    if name == "t":
+        turned = dims == 2
+    elif name == "transpose":
+        turned = {int(dim) % dims for dim in node.args[1:3]} == {dims - 1, dims - 2}  # type: ignore[arg-type]
+    elif name == "permute":
+        turned = list(node.args[1]) == [*range(batch_dims), dims - 1, dims - 2]  # type: ignore[arg-type]
+    else:
+        return None
+    base = node.args[0]
+    return base if turned and isinstance(base, fx.Node) else None
+
+
+def _said(operand: Operand, transform: int) -> str:
+    """How an operand is rounded in a product, whose transform is that of both operands."""
+    alone = replace(operand, hadamard=None, products=None).text
+    return f"{alone}, hadamard {transform}" if transform else alone
 
 
 def _transform(product: Product, settings: ProductSettings) -> tuple[int, str]:

@@ -54,13 +54,13 @@ def sample(
     shard: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
 ) -> torch.Tensor:
     weight = (w, key, clock, batch_dims)
-    rest = (None, "", *shard, None, out_dtype, True, OPERATOR_VERSION)
+    rest = (None, "", *shard, None, out_dtype, True, 0, "", OPERATOR_VERSION)
     return torch.ops.gws.sample_weight(*weight, fmt, {**BITS, "int4": 4.0}[fmt], noise, block, scale, *rest)
 
 
 def moved_width(w: torch.Tensor, clock: torch.Tensor) -> torch.Tensor:
     """A weight whose width is the clock's fourth word."""
-    rest = (None, "", [], [], None, None, True, OPERATOR_VERSION)
+    rest = (None, "", [], [], None, None, True, 0, "", OPERATOR_VERSION)
     return torch.ops.gws.sample_weight(w, KEY, clock, 0, "e4m3", None, "rounded_normal", (16, 32), "amax", *rest)
 
 
@@ -80,7 +80,25 @@ def train_step(x: torch.Tensor, inner: str) -> list[torch.Tensor]:
 def learned(w: torch.Tensor, b: torch.Tensor, clock: torch.Tensor, noise: str, scale: str = "floor") -> torch.Tensor:
     """A weight with learned widths, and the cast of autocast behind it."""
     return torch.ops.gws.sample_weight(
-        w, KEY, clock, 0, "e8m7", 0.0, noise, (32, 32), scale, b, RULE, [], [], None, None, True, OPERATOR_VERSION
+        w,
+        KEY,
+        clock,
+        0,
+        "e8m7",
+        0.0,
+        noise,
+        (32, 32),
+        scale,
+        b,
+        RULE,
+        [],
+        [],
+        None,
+        None,
+        True,
+        0,
+        "",
+        OPERATOR_VERSION,
     ).to(torch.bfloat16)
 
 

@@ -35,7 +35,7 @@ def sample(
     clock = None if noise == "none" else torch.tensor(clock, dtype=torch.int32)
     return torch.ops.gws.sample_weight(
         w, key, clock, batch_dims, gws_compile.FloatFormat.parse(fmt).spec, 0.0, noise, list(block), scale,
-        parameter, rule.spec, [], [], None, None, True, OPERATOR_VERSION,
+        parameter, rule.spec, [], [], None, None, True, 0, "", OPERATOR_VERSION,
     )  # fmt: skip
 
 
@@ -108,6 +108,8 @@ def test_compiled_equals_eager(noise):
             None,
             None,
             True,
+            0,
+            "",
             OPERATOR_VERSION,
         )
 
@@ -187,6 +189,8 @@ def test_gradient_is_the_equation(noise, granularity):
                 None,
                 None,
                 True,
+                0,
+                "",
                 OPERATOR_VERSION,
             )
             for w, b, (_, dims, block, _) in zip(weights, parameters, cases, strict=True)

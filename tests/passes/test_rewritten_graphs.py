@@ -94,7 +94,7 @@ class TestRewrittenGraphs(TestCase):
         self.assertExpectedInline(
             show(graph),
             """\
-sample_weight = sample_weight(0.weight, gws_key_0, gws_clock, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], None, None, True, 8)
+sample_weight = sample_weight(0.weight, gws_key_0, gws_clock, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], None, None, True, 0, '', 9)
 input_1 = linear(l_args_0_, sample_weight, 0.bias)
 return (input_1,)""",
         )
@@ -105,7 +105,7 @@ return (input_1,)""",
         self.assertExpectedInline(
             show(graph),
             """\
-sample_weight = sample_weight(0.weight, None, None, 0, 'e3m2', 4.0, 'none', [32, 32], '', None, '', [], [], None, None, True, 8)
+sample_weight = sample_weight(0.weight, None, None, 0, 'e3m2', 4.0, 'none', [32, 32], '', None, '', [], [], None, None, True, 0, '', 9)
 input_1 = linear(l_args_0_, sample_weight, 0.bias)
 return (input_1,)""",
         )
@@ -114,7 +114,7 @@ return (input_1,)""",
         self.assertExpectedInline(
             show(rewritten_graph(Tied(), self.x)),
             """\
-sample_weight = sample_weight(up.weight, gws_key_0, gws_clock, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], None, None, True, 8)
+sample_weight = sample_weight(up.weight, gws_key_0, gws_clock, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], None, None, True, 0, '', 9)
 linear = linear(l_x_, sample_weight, None)
 relu = relu(linear)
 linear_1 = linear(relu, sample_weight, None)
@@ -125,7 +125,7 @@ return (linear_1,)""",
         self.assertExpectedInline(
             show(rewritten_graph(nn.Sequential(Conv1D()), self.x)),
             """\
-sample_weight = sample_weight(0.weight, gws_key_0, gws_clock, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], None, None, True, 8)
+sample_weight = sample_weight(0.weight, gws_key_0, gws_clock, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], None, None, True, 0, '', 9)
 input_1 = addmm(0.bias, l_args_0_, sample_weight)
 return (input_1,)""",
         )
@@ -135,7 +135,7 @@ return (input_1,)""",
             show(rewritten_graph(Checkpointed(), self.x)),
             """\
 wrap_body_0:
-    sample_weight = sample_weight(fc.weight, gws_key_0, gws_clock, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], None, None, True, 8)
+    sample_weight = sample_weight(fc.weight, gws_key_0, gws_clock, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], None, None, True, 0, '', 9)
     linear = linear(l_x_, sample_weight, fc.bias)
     relu = relu(linear)
     return (relu,)
@@ -149,7 +149,7 @@ return (getitem,)""",
         self.assertExpectedInline(
             show(graph),
             """\
-sample_weight = sample_weight(0.weight, gws_key_0, gws_clock, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], None, None, True, 8)
+sample_weight = sample_weight(0.weight, gws_key_0, gws_clock, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], None, None, True, 0, '', 9)
 input_1 = conv2d(l_args_0_, sample_weight, 0.bias, (1, 1), (0, 0), (1, 1), 1)
 return (input_1,)""",
         )
@@ -158,7 +158,7 @@ return (input_1,)""",
         self.assertExpectedInline(
             show(rewritten_graph(MixedUses(), self.x)),
             """\
-sample_weight = sample_weight(weight, gws_key_0, gws_clock, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], None, None, True, 8)
+sample_weight = sample_weight(weight, gws_key_0, gws_clock, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], None, None, True, 0, '', 9)
 w = t(weight)
 w_1 = t(sample_weight)
 matmul = matmul(l_x_, w_1)
@@ -173,7 +173,7 @@ return (matmul, sum_1)""",
         self.assertExpectedInline(
             show(graph),
             """\
-sample_weight = sample_weight(0.weight, gws_key_0, gws_clock, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], None, torch.bfloat16, True, 8)
+sample_weight = sample_weight(0.weight, gws_key_0, gws_clock, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], None, torch.bfloat16, True, 0, '', 9)
 input_1 = linear(l_args_0_, sample_weight, 0.bias)
 return (input_1,)""",
         )
@@ -184,15 +184,15 @@ return (input_1,)""",
             show(rewritten_graph(OwnCasts(), self.x)),
             """\
 x = to(l_x_, torch.bfloat16)
-sample_weight = sample_weight(a, gws_key_0, gws_clock, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], None, torch.bfloat16, True, 8)
+sample_weight = sample_weight(a, gws_key_0, gws_clock, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], None, torch.bfloat16, True, 0, '', 9)
 to_1 = to(sample_weight, torch.bfloat16)
 linear = linear(x, to_1)
-sample_weight_1 = sample_weight(b, gws_key_1, gws_clock, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], None, torch.float16, True, 8)
+sample_weight_1 = sample_weight(b, gws_key_1, gws_clock, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], None, torch.float16, True, 0, '', 9)
 half = half(sample_weight_1)
 t = t(half)
 to_2 = to(t, torch.bfloat16)
 y = matmul(linear, to_2)
-sample_weight_2 = sample_weight(c, gws_key_2, gws_clock, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], None, None, True, 8)
+sample_weight_2 = sample_weight(c, gws_key_2, gws_clock, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], None, None, True, 0, '', 9)
 to_3 = to(sample_weight_2, torch.bfloat16)
 linear_1 = linear(y, to_3)
 float_1 = float(linear_1)
@@ -208,11 +208,11 @@ return (matmul_1,)""",
             """\
 wrap_body_0:
     _enter_autocast = _enter_autocast('cpu', torch.bfloat16, True, None)
-    sample_weight = sample_weight(first.weight, gws_key_0, gws_clock, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], None, torch.bfloat16, True, 8)
+    sample_weight = sample_weight(first.weight, gws_key_0, gws_clock, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], None, torch.bfloat16, True, 0, '', 9)
     x = linear(l_x_, sample_weight, None)
     _enter_autocast_1 = _enter_autocast('cpu', None, False, None)
     float_1 = float(x)
-    sample_weight_1 = sample_weight(second.weight, gws_key_1, gws_clock, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], None, None, True, 8)
+    sample_weight_1 = sample_weight(second.weight, gws_key_1, gws_clock, 0, 'e4m3', 5.0, 'rounded_normal', [32, 32], 'floor', None, '', [], [], None, None, True, 0, '', 9)
     linear_1 = linear(float_1, sample_weight_1, None)
     _exit_autocast = _exit_autocast(_enter_autocast_1)
     _exit_autocast_1 = _exit_autocast(_enter_autocast)

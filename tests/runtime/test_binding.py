@@ -8,7 +8,8 @@ CPU = torch.device("cpu")
 
 
 def test_calls_are_counted_in_each_draw():
-    binding = Binding((), (), {CPU: [torch.zeros(2, dtype=torch.int32)]}, ())
+    slot = object()
+    binding = Binding((slot,), (slot,), {CPU: [torch.zeros(2, dtype=torch.int32)]}, ())
     assert [binding.count(draw) for draw in (0, 0, 0, 1, 1, 5)] == [1, 2, 3, 1, 2, 1]
 
 

@@ -6,7 +6,7 @@ import gws_compile.codegen.lowering  # noqa: F401  registers the lowerings
 from gws_compile.ops.sample_arguments import OPERATOR_VERSION
 
 KEY = torch.tensor([123456789, -987654321], dtype=torch.int32)
-CLOCK = torch.tensor([7, -1, 0, 0], dtype=torch.int32)
+CLOCK = torch.tensor([7, -1, 0, 0, 0], dtype=torch.int32)
 
 
 def arguments(
@@ -24,8 +24,9 @@ def arguments(
     maxima=None,
     out_dtype=None,
     clock=CLOCK,
+    switch=0,
 ):
-    key, clock = (None, None) if noise == "none" else (KEY, clock)
+    key, clock = (None, clock if switch else None) if noise == "none" else (KEY, clock)
     return (
         w,
         key,
@@ -42,6 +43,8 @@ def arguments(
         maxima,
         out_dtype,
         True,
+        switch,
+        "",
         OPERATOR_VERSION,
     )
 
