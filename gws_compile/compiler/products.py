@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 import torch
 from torch import fx
@@ -10,11 +11,12 @@ from torch import fx
 from ..config import Config
 from ..passes import Rewrite
 from ..passes.bodies import copy_with_bodies
-from ..passes.products import Product, identity, round_operands
+from ..passes.products import NO_NUMBERS, Product, identity, round_operands
 from ..report.records import ProductRecord
 from ..torch_internals.compilers import GraphPass, traced
 from ..torch_internals.fake_tensors import in_one_mode
 from ..torch_internals.graphs import example_value
+from ..warning import GwsWarning
 
 log = logging.getLogger("gws_compile")
 
@@ -60,7 +62,15 @@ class GraphProducts:
         return (*self._attention, *(self._found or ()))
 
     def _run(self, graph: fx.Graph) -> None:
-        self._found = tuple(map(self._record, round_operands(graph)))
+        products = round_operands(graph)
+        if any(product.reason == NO_NUMBERS for product in products):
+            warnings.warn(
+                f"activations and gradients of wgrad are not rounded on torch {torch.__version__}: {NO_NUMBERS}; see "
+                "products in report()",
+                GwsWarning,
+                stacklevel=2,
+            )
+        self._found = tuple(map(self._record, products))
 
     def _trace(self) -> None:
         placeholders = self._module.graph.find_nodes(op="placeholder")

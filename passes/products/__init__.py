@@ -12,6 +12,7 @@ for their keys than `identity`, what the pass itself is.
 
     matrix_products  which operands an operation multiplies, and which of their sides are summed over
     convolutions     the same of convolutions, whose backward is one operation
+    grouped_fallback the same of transformers' grouped product of experts
     emitting         new nodes of such graphs
 """
 
@@ -23,10 +24,10 @@ from pathlib import Path
 
 from torch import fx
 
-from .find_products import Factor, Product, find_products
+from .find_products import NO_NUMBERS, Factor, Product, find_products
 from .round_products import round_products
 
-__all__ = ["Factor", "Product", "find_products", "identity", "round_operands"]
+__all__ = ["NO_NUMBERS", "Factor", "Product", "find_products", "identity", "round_operands"]
 
 
 def round_operands(graph: fx.Graph) -> list[Product]:

@@ -14,7 +14,7 @@ from gws_compile.settings.operands import ProductSettings
 from gws_compile.torch_internals.graphs import is_tangent, sequence_number
 from gws_compile.torch_internals.stack_trace import source_of
 
-from . import convolutions
+from . import convolutions, grouped_fallback
 from .matrix_products import ATTENTION, LEFT_ALONE, Operand, name_of, operands_of
 
 Role = Literal["weight", "activation", "gradient"]
@@ -24,9 +24,15 @@ Kind = Literal["forward", "dgrad", "wgrad", ""]
 # What a value goes through as it is, rearranged, or in another dtype.
 _VIEWS = frozenset(
     "view _unsafe_view reshape permute t transpose expand unsqueeze squeeze slice select getitem split "
-    "split_with_sizes unbind alias detach clone _to_copy convert_element_type contiguous lift_fresh_copy "
-    "view_as wait_tensor all_gather_into_tensor all_gather_into_tensor_coalesced unsafe_split".split()
+    "split_with_sizes unsafe_split unbind alias detach clone _to_copy convert_element_type contiguous "
+    "lift_fresh_copy view_as index index_select wait_tensor all_gather_into_tensor "
+    "all_gather_into_tensor_coalesced".split()
 )
+
+NO_NUMBERS = "autograd's numbers of operations are missing, by which it would be told whose gradient it is"
+"""Why the products of the backward are not told apart on a torch that writes their numbers otherwise."""
+
+_NOBODYS = "no operand is a sampled weight"
 
 _SAMPLE = torch.ops.gws.sample_weight.default
 
@@ -88,9 +94,9 @@ def arguments_of(sample: fx.Node) -> SampleArguments:
 def find_products(graph: fx.Graph) -> list[Product]:
     """The products of a graph in their order; the backward of a convolution is taken apart, where it is a weight's.
 
-    A product of a gradient and an activation is that of the weight which the activation is multiplied with in forward;
-    where there are several, of the one whose forward product has its number in autograd's sequence, or whose gradient
-    by the input has the same incoming gradient.
+    A product of a gradient and an activation is that of the weight which the activation is multiplied with in forward,
+    by the product that has the same number in autograd's sequence: an activation may be multiplied with several
+    weights, some of which are left alone.
 
     Args:
         graph: see `gws_compile.passes.products.round_operands`.
@@ -115,6 +121,8 @@ class _Finder:
             yield self._convolution(node)
         elif name == convolutions.BACKWARD:
             yield from self._convolution_backward(node)
+        elif name == grouped_fallback.BACKWARD:
+            yield from self._experts_backward(node)
         elif name in ATTENTION:
             yield _left(node, "attention as one operation: attention= takes it apart")
         elif name in LEFT_ALONE or (name and node.target is not _SAMPLE and self._reads_weight(node)):
@@ -176,7 +184,7 @@ class _Finder:
         elif roles == {"weight"}:
             reason = "a product of two weights"
         elif roles == {"activation"}:
-            reason = "no operand is a sampled weight"
+            reason = _NOBODYS
         else:
             reason = "a product of two gradients"
         sample = weights[0] if kind in ("forward", "dgrad") else None
@@ -192,15 +200,15 @@ class _Finder:
         about = convolutions.convolution_of(node, backward=True)
         given = node.args[convolutions.WEIGHT]
         if not isinstance(given, fx.Node) or self.role(given) != "weight":
-            yield _left(node, "no operand is a sampled weight")
+            yield _left(node, _NOBODYS)
             return
         sample = self.origin(given)
-        parts = convolutions.split_backward(node)
-        for part in parts.values():
-            self._gradients.add(part)
         gradient, x = node.args[convolutions.GRADIENT], node.args[convolutions.INPUT]
         assert isinstance(gradient, fx.Node)
         assert isinstance(x, fx.Node)
+        parts = convolutions.split_backward(node)
+        for part in parts.values():
+            self._gradients.add(part)
         if "dgrad" in parts:
             factors = (
                 Factor(Operand(convolutions.GRADIENT, 1, True), "gradient", gradient),
@@ -217,30 +225,46 @@ class _Finder:
             part = parts["wgrad"]
             yield _refused(Product(part, name_of(part), _location(part), "wgrad", factors, sample), about)
 
+    def _experts_backward(self, node: fx.Node) -> Iterator[Product]:
+        given = [node.args[i] for i in (grouped_fallback.INPUT, grouped_fallback.WEIGHT, grouped_fallback.GRADIENT)]
+        x, weight, gradient = (one for one in given if isinstance(one, fx.Node))
+        if self.role(weight) != "weight":
+            yield _left(node, _NOBODYS)
+            return
+        sample = self.origin(weight)
+        parts = grouped_fallback.split_backward(node)
+        self._gradients.update(parts.values())
+        at_gradient, at_input = grouped_fallback.GRADIENT, grouped_fallback.INPUT
+        factors = {
+            "dgrad": (
+                Factor(Operand(at_gradient, 0, False), "gradient", gradient),
+                Factor(Operand(grouped_fallback.WEIGHT, 1, False), "weight", weight),
+            ),
+            "wgrad": (
+                Factor(Operand(at_gradient, 0, True, ragged=True), "gradient", gradient),
+                Factor(Operand(at_input, 0, True, ragged=True), "activation", x),
+            ),
+        }
+        kinds: tuple[Kind, ...] = ("dgrad", "wgrad")
+        for kind in kinds:
+            if kind in parts:
+                part = parts[kind]
+                yield Product(part, name_of(part), _location(part), kind, factors[kind], sample)
+
     def with_weight(self, product: Product, products: list[Product]) -> Product:
         """The product with its weight, where it is one of gradient and activation of which that is to be found out."""
         if product.kind != "wgrad" or product.sample is not None:
             return product
-        x = self.origin(product.factor("activation").node)
-        forward = [one for one in products if one.kind == "forward" and self.origin(one.factor("activation").node) is x]
         number = sequence_number(product.node)
-        same_number = [one for one in forward if number is not None and sequence_number(one.node) == number]
-        if len(same_number) == 1:
-            return replace(product, sample=same_number[0].sample)
-        gradient = self.origin(product.factor("gradient").node)
-        behind = {
-            one.sample
-            for one in products
-            if one.kind == "dgrad" and self.origin(one.factor("gradient").node) is gradient
-        }
-        known = [one for one in forward if one.sample in behind] or forward
-        samples = {one.sample for one in known}
-        if len(samples) == 1 or (samples and len({one.settings for one in known}) == 1):
-            return replace(product, sample=known[0].sample)
-        reason = (
-            "no operand is a sampled weight" if not samples else "it cannot be told of which weight it is the gradient"
-        )
-        return replace(product, kind="", reason=reason)
+        forward = [one for one in products if one.kind == "forward"]
+        if number is None or any(sequence_number(one.node) is None for one in forward):
+            return replace(product, kind="", reason=NO_NUMBERS)
+        x = self.origin(product.factor("activation").node)
+        same = [one for one in forward if sequence_number(one.node) == number]
+        known = [one for one in same if self.origin(one.factor("activation").node) is x]
+        if len({one.sample for one in known}) != 1:
+            return replace(product, kind="", reason=_NOBODYS)
+        return replace(product, sample=known[0].sample)
 
 
 def _depending(graph: fx.Graph) -> set[fx.Node]:

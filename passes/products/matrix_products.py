@@ -9,6 +9,8 @@ from torch import fx
 
 from gws_compile.torch_internals.graphs import fake_value
 
+from . import grouped_fallback
+
 
 @dataclass(frozen=True)
 class Operand:
@@ -67,6 +69,8 @@ def operands_of(node: fx.Node) -> tuple[Operand, Operand] | None:
     if name in _DENSE:
         first, dims = _DENSE[name]
         return Operand(first, dims, False), Operand(first + 1, dims, True)
+    if name == grouped_fallback.FORWARD:
+        return Operand(grouped_fallback.INPUT, 0, False), Operand(grouped_fallback.WEIGHT, 1, True)
     if name == GROUPED:
         dims = [value.ndim - 2 for value in map(fake_value, node.args[:2]) if isinstance(value, torch.Tensor)]
         if len(dims) == 2:

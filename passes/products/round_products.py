@@ -102,7 +102,8 @@ class _Rounder:
         # Two products that round alike have one rounding, unless it is drawn.
         place = 2 * self._met[product.sample, product.kind] + (product.kind == "wgrad") if stochastic else 0
         switch = settings.switch(product.kind)
-        value, matrices, restore = self._as_matrices(product, factor)
+        one_scale = operand is None or operand.sides == (None, None)
+        value, matrices, restore = self._as_matrices(product, factor, one_scale=one_scale)
         batch_dims, rows = matrices
         if transform:
             arguments = HadamardArguments(value, transform, batch_dims, rows)
@@ -126,30 +127,29 @@ class _Rounder:
         return value
 
     def _as_matrices(
-        self, product: Product, factor: Factor
+        self, product: Product, factor: Factor, *, one_scale: bool
     ) -> tuple[fx.Node, tuple[int, bool], list[tuple[Any, tuple[Any, ...]]]]:
         """An operand as matrices that are rounded, its batch dims and whether rows are summed over, and the way back.
 
         A transposed operand is rounded as it was before, so that whoever has taken the graph apart, an element has the
-        same index. Of a convolution the channels of a group, or batch and places,
-        are brought to one side.
+        same index. Of a convolution the channels are brought to the front, and what is not of one group apart, unless
+        all has one scale: of (channels, batch, places) forward and dgrad sum over the rows, wgrad over the columns.
         """
         aten, node, operand = torch.ops.aten, factor.node, factor.operand
         value = fake_value(node)
         if product.op in (convolutions.FORWARD, convolutions.BACKWARD):
             about = convolutions.convolution_of(product.node, backward=product.op == convolutions.BACKWARD)
-            if product.kind != "wgrad":
-                if about.groups == 1:
-                    return node, (1, True), []
-                shape = list(value.shape)
-                apart = [shape[0] * about.groups, shape[1] // about.groups, *shape[2:]]
-                return self._emit(product, aten.reshape.default, (node, apart), factor), (1, True), [
-                    (aten.reshape.default, (shape,))
-                ]  # fmt: skip
             turned = [1, 0, *range(2, value.ndim)]
-            return self._emit(product, aten.permute.default, (node, turned), factor), (0, False), [
-                (aten.permute.default, (turned,))
-            ]  # fmt: skip
+            channels = self._emit(product, aten.permute.default, (node, turned), factor)
+            back = [(aten.permute.default, (turned,))]
+            if product.kind == "wgrad":
+                return channels, (0, False), back
+            if about.groups == 1 or one_scale:
+                return channels, (0, True), back
+            shape = [value.shape[dim] for dim in turned]
+            apart = [about.groups, shape[0] // about.groups, *shape[1:]]
+            grouped = self._emit(product, aten.reshape.default, (channels, apart), factor)
+            return grouped, (1, True), [(aten.reshape.default, (shape,)), *back]
         base = _transposed(node, operand.batch_dims)
         if base is not None:
             return base, (operand.batch_dims, not operand.over_rows), [(node.target, node.args[1:])]

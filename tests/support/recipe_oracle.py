@@ -213,30 +213,37 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx, x, w, oracle, name, function, rest):
         ctx.save_for_backward(x, w)
         ctx.oracle, ctx.name, ctx.function, ctx.rest = oracle, name, function, rest
-        return function(_along_channels(oracle.activation, x, "forward"), ctx.oracle.weight(name, w.flatten(1), over_rows=False).view_as(w), None, *rest)  # fmt: skip
+        ctx.groups = rest[3] if len(rest) > 3 else 1
+        ctx.depthwise = ctx.groups > 1 and w.shape[1] == 1
+        rounded_x = x if ctx.depthwise else _along_channels(oracle.activation, x, "forward", ctx.groups)
+        return function(rounded_x, oracle.weight(name, w.flatten(1), over_rows=False).view_as(w), None, *rest)
 
     @staticmethod
     def backward(ctx, g):
         x, w = ctx.saved_tensors
         oracle, name = ctx.oracle, ctx.name
         assert oracle.config.gradients is None or oracle.config.gradients.rounding == "nearest"
-        gradient = lambda value, kind: oracle.gradient(value, name, kind, 0)  # noqa: E731
+
+        def gradient(value, kind):
+            return value if ctx.depthwise else oracle.gradient(value, name, kind, 0)
+
+        def activation(value):
+            return value if ctx.depthwise else oracle.activation(value, "wgrad")
+
         with torch.enable_grad():
             inputs = x.detach().requires_grad_()
-            w_dgrad = oracle.weight(name, w.flatten(1), over_rows=True).view_as(w)
+            w_dgrad = oracle.weight(name, w.flatten(1), over_rows=not ctx.depthwise).view_as(w)
             out = ctx.function(inputs, w_dgrad, None, *ctx.rest)
-            dgrad = torch.autograd.grad(out, inputs, _along_channels(gradient, g, "dgrad"))[0]
+            dgrad = torch.autograd.grad(out, inputs, _along_channels(gradient, g, "dgrad", ctx.groups))[0]
             weight = w.detach().requires_grad_()
-            rounded_x = oracle.activation(_channels(x), "wgrad").reshape(x.shape[1], x.shape[0], *x.shape[2:])
+            rounded_x = activation(_channels(x)).reshape(x.shape[1], x.shape[0], *x.shape[2:])
             out = ctx.function(rounded_x.transpose(0, 1), weight, None, *ctx.rest)
             turned = gradient(_channels(g), "wgrad").reshape(g.shape[1], g.shape[0], *g.shape[2:]).transpose(0, 1)
             wgrad = torch.autograd.grad(out, weight, turned)[0]
         return dgrad, wgrad, None, None, None, None
 
 
-def _along_channels(function, x, kind):
-    """Each place's channels as a row."""
-    last = x.movedim(1, -1)
-    return function(last.reshape(-1, x.shape[1]), kind).reshape(last.shape).movedim(-1, 1)
-
-
+def _along_channels(function, x, kind, groups):
+    """Each place's channels of a group as a row."""
+    last = x.reshape(-1, x.shape[1] // groups, *x.shape[2:]).movedim(1, -1)
+    return function(last.reshape(-1, last.shape[-1]), kind).reshape(last.shape).movedim(-1, 1).reshape(x.shape)
