@@ -62,6 +62,47 @@ def by_torchao(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     _train(model, optimizer)
 
 
+class EmulatedMXLinear(nn.Module):
+    """A linear layer whose three products torchao rounds to MXFP8, emulated in high precision."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x w^T + b``."""
+        from torchao.prototype.moe_training.mxfp8_linear import _to_mxfp8_then_scaled_mm
+        from torchao.prototype.mx_formats.config import ScaleCalculationMode
+        from torchao.quantization.quantize_.common.kernel_preference import KernelPreference
+
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        weight = self.weight.to(x.dtype)
+        y = _to_mxfp8_then_scaled_mm(x, weight, KernelPreference.EMULATED, ScaleCalculationMode.FLOOR)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def by_torchao_mx(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """MXFP8 training of torchao in its emulated mode, the only one that a CPU or an older GPU has.
+
+    Raises:
+        Missing: no torchao, or one without it.
+    """
+    try:
+        import torchao.prototype.moe_training.mxfp8_linear  # noqa: F401
+    except ImportError as error:
+        raise Missing("pip install torchao, 0.18 or later") from error
+    chosen = {id(layer) for layer in linears(model)}
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if id(child) in chosen:
+                layer = EmulatedMXLinear(child)
+                if child.weight.device.type == "cpu":  # Inductor's C++ code knows no e8m0 scales (torch 2.11 to 2.15)
+                    layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign]
+                setattr(module, name, layer)
+    _train(model, optimizer)
+
+
 def by_diffq(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """DiffQ's hooks, which add noise to the parameters before each forward.
 
@@ -79,5 +120,6 @@ def by_diffq(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 PEERS: dict[str, Callable[[nn.Module, torch.optim.Optimizer], None]] = {
     "parametrize": by_parametrization,
     "torchao": by_torchao,
+    "torchao-mx": by_torchao_mx,
     "diffq": by_diffq,
 }

@@ -4,8 +4,10 @@
     save           this backend
     recompute      with backward="recompute"
     learned        with learned bit widths, one for each block
+    mxfp8, ...     with a recipe: weights, activations and gradients rounded
     parametrize    the noise by hand: torch.nn.utils.parametrize, torch.randn
     torchao        quantization-aware training of torchao, float8 weights
+    torchao-mx     MXFP8 training of torchao, emulated: what "mxfp8" is to be held to
     diffq          DiffQ, by its hooks
 
 all compiled by Inductor in the same process, and timed in turns; a peer that is not installed is left out, and that is
@@ -50,6 +52,7 @@ OWN: dict[str, dict[str, Any]] = {
     "save": {},
     "recompute": {"backward": "recompute"},
     "learned": {"fmt": None, "bits": gws_compile.LearnedBits()},
+    **{name: {"fmt": "e3m2" if name == "exmy" else None, "recipe": name} for name in gws_compile.RECIPES},
 }
 VARIANTS = ("plain", *OWN, *peers.PEERS)
 

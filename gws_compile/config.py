@@ -368,6 +368,11 @@ class Config:
         return ProductSettings(self.activations, self.gradients, moved)
 
     @property
+    def attention_text(self) -> str:
+        """How attention is rounded, in words; empty where it is not."""
+        return "" if self.attention is None else self.attention.text
+
+    @property
     def draws_noise(self) -> bool:
         """Whether any weight may get noise."""
         of_rules = (rule.settings for rule in self.rules)

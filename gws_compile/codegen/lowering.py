@@ -14,14 +14,11 @@ from typing import Any
 
 import torch
 
-from ..numerics.float32 import SIGN
-from ..numerics.hadamard import transform
-from ..numerics.primitives import Value, wrap_int32
+from ..numerics.primitives import Value
 from ..numerics.spec import SampleSpec, Words
 from ..ops import hadamard, round_operand, sample_weight  # noqa: F401  (register the operators)
 from ..ops.sample_arguments import (
     BitsGradientArguments,
-    HadamardArguments,
     MaximumArguments,
     RoundArguments,
     SampleArguments,
@@ -30,7 +27,7 @@ from ..torch_internals import inductor
 from .block_loops import BlockLoops
 from .cpp import kernel
 from .element_loops import ElementLoops
-from .inductor_primitives import InductorPrimitives
+from .hadamard import lower_hadamard
 from .loops import Index, Loader, Loops
 
 
@@ -186,35 +183,6 @@ def _lower_gradient(*arguments: Any) -> Any:
     return inductor.pointwise(device=device, dtype=torch.float32, value=of_parameter, ranges=list(learned.get_size()))
 
 
-def _lower_hadamard(*arguments: Any) -> Any:
-    given = HadamardArguments(*arguments)
-    p = InductorPrimitives()
-    x, dtype = given.x, given.x.get_dtype()
-    shape = x.get_size()
-    x.realize()  # each element is read as often as its group has elements
-    load_x = x.make_loader()
-
-    def element(index: Index) -> Value:
-        leading, row = list(index[: given.batch_dims]), index[given.batch_dims]
-        col = inductor.flatten(index[given.batch_dims + 1 :], shape[given.batch_dims + 1 :])
-        along = row if given.rows else col
-        first = inductor.floordiv(along, given.size) * given.size
-        position = inductor.ops.index_expr(inductor.modular(along, 1, given.size), torch.int32)
-
-        def load(i: int) -> Value:
-            at = (first + i, col) if given.rows else (row, first + i)
-            trailing = inductor.unflatten(at[1], shape[given.batch_dims + 1 :])
-            return inductor.ops.to_dtype(load_x([*leading, at[0], *trailing]), torch.float32)
-
-        def flip(bit: int) -> Value:
-            return p.iand(p.imul(position, wrap_int32(1 << (31 - bit))), SIGN)
-
-        return transform(p, load, flip, given.size, dtype)
-
-    value = inductor.pointwise(device=x.get_device(), dtype=torch.float32, value=element, ranges=list(shape))
-    return inductor.to_dtype(value, dtype)
-
-
 def _lower_maximum(*arguments: Any) -> Any:
     given = MaximumArguments(*arguments)
     return _maxima(given.w, given.batch_dims, given.block, finite=given.finite)
@@ -222,6 +190,6 @@ def _lower_maximum(*arguments: Any) -> Any:
 
 inductor.register_lowering(torch.ops.gws.sample_weight.default, _lower)
 inductor.register_lowering(torch.ops.gws.round_operand.default, _lower_round)
-inductor.register_lowering(torch.ops.gws.hadamard.default, _lower_hadamard)
+inductor.register_lowering(torch.ops.gws.hadamard.default, lower_hadamard)
 inductor.register_lowering(torch.ops.gws.weight_maximum.default, _lower_maximum)
 inductor.register_lowering(torch.ops.gws.bits_gradient.default, _lower_gradient)

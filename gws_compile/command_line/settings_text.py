@@ -19,8 +19,10 @@ from typing import Any, TypeVar
 
 from ..config import SETTINGS, Config
 from ..passes import SKIP_VARIABLE
+from ..settings.attention import AttentionOperands
 from ..settings.learned_bits import LearnedBits
 from ..settings.nearest import nearest
+from ..settings.operands import PRODUCTS, Operand
 from ..settings.rules import KEYS, RuleLike
 from ..settings.schedule import Schedule
 from ..warning import GwsWarning
@@ -46,10 +48,12 @@ def read(name: str, text: str) -> Any:
         text: ``"5"``, ``"learned"`` or ``"learned:average=5,granularity=weight,formats=fp4_e2m1/fp8_e4m3"`` for bits;
             ``"32x32"`` or ``"32,32"`` for block, ``"1xall"`` for a row; globs parted by commas; ``"none"`` for no
             scale; ``"true"`` or ``"1"``; ``"*.mlp.*=nvfp4;*.attn.*=fp8_e4m3,block=1x32;*.0.*=none"`` for rules;
-            ``"start=100,stop=900,bits=0:8/1000:5"`` for a schedule.
+            ``"start=100,stop=900,bits=0:8/1000:5,forward=0:9000"`` for a schedule; a format, or
+            ``"nvfp4,rounding=stochastic,hadamard=16"``, for activations, gradients and attention, and
+            ``"queries=mxfp8;values=fp8_channel"`` for operands of attention.
 
     Raises:
-        ValueError: an unknown or bad argument of `LearnedBits` or `Schedule`, or no rule.
+        ValueError: an unknown or bad argument of `LearnedBits`, `Schedule` or `Operand`, or no rule.
     """
     return _READERS.get(name, str)(text)
 
@@ -87,7 +91,8 @@ def _from_variables(variables: tuple[tuple[str, str], ...]) -> tuple[tuple[str, 
 def from_file(path: str | Path) -> dict[str, Any]:
     """The settings in a TOML file: its keys are the arguments of `gws_compile.backend`.
 
-    A table ``[bits]`` holds the arguments of `LearnedBits`, ``[schedule]`` those of `Schedule`; each table
+    A table ``[bits]`` holds the arguments of `LearnedBits`, ``[schedule]`` those of `Schedule`, ``[activations]``,
+    ``[gradients]`` and ``[attention]`` those of `Operand`, or the last those of `AttentionOperands`; each table
     ``[[rules]]`` has a ``match``, a glob or a list of them, and settings, or ``fmt = "none"``. Text stands for what it
     does in the environment.
 
@@ -117,7 +122,9 @@ def checked(name: str, value: Any, source: str) -> Any:
     try:
         value = _value(name, value)
         # Elements with which every scale is good: what is given beside it is not known here.
-        Config.make(**{"fmt": "fp4_e2m1", name: value})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", GwsWarning)
+            Config.make(**{"fmt": "fp4_e2m1", name: value})
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     return value
@@ -130,7 +137,7 @@ def _value(name: str, value: Any) -> Any:
     return _TABLES[name](value) if name in _TABLES else value
 
 
-T = TypeVar("T", LearnedBits, Schedule)
+T = TypeVar("T", LearnedBits, Schedule, Operand, AttentionOperands)
 
 
 def _made(kind: type[T], arguments: dict[str, Any]) -> T:
@@ -148,7 +155,50 @@ def _frozen(value: Any) -> Any:
 def _schedule(text: str) -> Schedule:
     pairs = (pair.partition("=") for pair in text.split(",") if pair)
     given = ((name.strip(), value.strip()) for name, _, value in pairs)
-    return _made(Schedule, {name: (_points if name == "bits" else _step)(value) for name, value in given})
+    read = {"bits": _points, **dict.fromkeys(PRODUCTS, _window)}
+    return _made(Schedule, {name: read.get(name, _step)(value) for name, value in given})
+
+
+def _window(text: str) -> tuple[Any, Any]:
+    first, _, last = text.partition(":")
+    return _step(first), _step(last) if last else None
+
+
+def _operand(text: str) -> Any:
+    """An operand from ``FORMAT``, or ``FORMAT,KEY=VALUE,...``; None from ``none``."""
+    if text.strip() == "none":
+        return None
+    given: dict[str, Any] = {}
+    for part in text.split(","):
+        key, is_pair, value = (one.strip() for one in part.partition("="))
+        given[key if is_pair else "fmt"] = value if is_pair else key
+    return _operand_of(given)
+
+
+def _operand_of(given: Any) -> Any:
+    if not isinstance(given, dict):
+        return given
+    values = {
+        key: _OPERAND_READERS.get(key, str)(value) if isinstance(value, str) else value for key, value in given.items()
+    }
+    if "fmt" not in values:
+        raise ValueError(f"an operand needs a format: fmt=mxfp8, or another one, got {given!r}")
+    if isinstance(values.get("block"), list):
+        values["block"] = tuple(_side(side) for side in values["block"])
+    return _made(Operand, values)
+
+
+def _attention(text: str) -> Any:
+    if "=" not in text.partition(",")[0].partition(";")[0]:
+        return _operand(text) if "," in text or text.strip() == "none" else text
+    pairs = (pair.partition("=") for pair in text.split(";") if pair.strip())
+    return _made(AttentionOperands, {name.strip(): _operand(value) for name, _, value in pairs})
+
+
+def _attention_of(given: Any) -> Any:
+    if not isinstance(given, dict) or "fmt" in given:
+        return _operand_of(given)
+    return _made(AttentionOperands, {name: _operand_of(value) for name, value in given.items()})
 
 
 def _points(text: str) -> tuple[Any, ...]:
@@ -251,10 +301,19 @@ def _scale(text: str) -> str | None:
     return None if text == "none" else text
 
 
+_OPERAND_READERS: dict[str, Callable[[str], Any]] = {
+    "block": _block,
+    "hadamard": _step,
+    "products": lambda text: tuple(text.split("+")),
+}
+
 _TABLES: dict[str, Callable[[Any], Any]] = {
     "bits": lambda value: _made(LearnedBits, value) if isinstance(value, dict) else value,
     "schedule": lambda value: _made(Schedule, value) if isinstance(value, dict) else value,
     "rules": _rules_of,
+    "activations": _operand_of,
+    "gradients": _operand_of,
+    "attention": _attention_of,
     "block": lambda value: (
         tuple(None if side == "all" else side for side in value) if isinstance(value, list) else value
     ),
@@ -267,6 +326,9 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "scale": _scale,
     "rules": _rules,
     "schedule": _schedule,
+    "activations": _operand,
+    "gradients": _operand,
+    "attention": _attention,
     "include": _globs,
     "exclude": _globs,
     "seed": _seed,

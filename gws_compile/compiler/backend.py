@@ -35,7 +35,7 @@ from .compiled_graph import GraphCompiler
 from .diagnostics import Diagnostics, GivenModules
 from .reporting import Reporting
 from .rewriting import Rewriting
-from .saved_state import DRAWS, SavedState, settings_texts
+from .saved_state import DRAWS, SavedState, operand_texts, settings_texts
 from .tracer import weights_to_sample
 
 
@@ -319,9 +319,9 @@ class Backend:
             ``"seed"`` and ``"step"`` (the number of the next forward's draw), ints; ``"fmt"``, the format's
             specification; ``"weights"``, a list of ``[name, shape]`` of the weights that were sampled, whose names,
             with the seed, are their keys; ``"settings"``, a list of ``[name, text]``, the format, block and scale of
-            each; ``"rules"``, a list of the rules as text. With learned bit widths also ``"bits"``, their parameters by
-            the weights' names, ``"frozen"``, 0 or 1, and ``"steering"``, two scalar tensors, with
-            `LearnedBits.average`.
+            each; ``"rules"``, a list of the rules as text; ``"operands"``, how activations, gradients and attention are
+            rounded, as text. With learned bit widths also ``"bits"``, their parameters by the weights' names,
+            ``"frozen"``, 0 or 1, and ``"steering"``, two scalar tensors, with `LearnedBits.average`.
         """
         shapes = self._registry.shapes()
         state = {
@@ -331,6 +331,7 @@ class Backend:
             "weights": [[name, list(shape)] for name, shape in shapes.items()],
             "settings": settings_texts(self.config, shapes),
             "rules": [rule.text for rule in self.config.rules],
+            "operands": operand_texts(self.config),
         }
         return state if self._learned is None else {**state, **self._learned.state_dict()}
 
@@ -344,9 +345,9 @@ class Backend:
                 as learned widths where its own are fixed.
 
         Raises:
-            ValueError: the state is of another seed or format, of other rules, or of a model whose weights have other
-                shapes; where the weights are not known yet, the last is raised by the first forward. Or something in it
-                is of the wrong kind, shape or range, or not finite.
+            ValueError: the state is of another seed or format, of other rules or operands, or of a model whose weights
+                have other shapes; where the weights are not known yet, the last is raised by the first forward. Or
+                something in it is of the wrong kind, shape or range, or not finite.
         """
         saved = SavedState.read(state, self.config)
         if self._learned is not None and saved.widths is not None:

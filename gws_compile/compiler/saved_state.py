@@ -82,6 +82,7 @@ class SavedState:
             raise _refusal("step", "an int in 0 .. 2**32 - 1", raw["step"])
         shapes = _shapes(raw["weights"])
         _check_rules(raw, config)
+        _check_operands(raw, config)
         if learned is None:
             return cls(step, shapes, None)
         of_weights = {name: _settings_of(name, config) for name in shapes}
@@ -97,6 +98,27 @@ def settings_texts(config: Config, names: Iterable[str]) -> list[list[str]]:
     """``[name, text]`` of weights by their unique names: format, block and scale."""
     found = [(name, _settings_of(name, config)) for name in names]
     return [[name, settings.grid_text] for name, settings in found if settings is not None]
+
+
+def operand_texts(config: Config) -> list[str]:
+    """How activations, gradients and attention are rounded; empty texts for those that are not."""
+    products = (config.activations, config.gradients)
+    return [*("" if one is None else one.spec for one in products), config.attention_text]
+
+
+def _check_operands(raw: Mapping[str, Any], config: Config) -> None:
+    """Hold a state to how operands are rounded; one of an older version says nothing of it."""
+    if "operands" not in raw:
+        return
+    saved, own = raw["operands"], operand_texts(config)
+    if not isinstance(saved, (list, tuple)) or not all(isinstance(one, str) for one in saved) or len(saved) != 3:
+        raise _refusal("operands", "a list of three texts", saved)
+    for name, before, now in zip(("activations", "gradients", "attention"), saved, own, strict=True):
+        if before != now:
+            raise ValueError(
+                f"the state was saved with {name}={_shown(before)}, this backend has {_shown(now)}; Schedule changes "
+                "what is rounded in the course of a run"
+            )
 
 
 def _settings_of(unique_name: str, config: Config) -> WeightSettings | None:

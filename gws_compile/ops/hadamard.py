@@ -7,9 +7,8 @@ from typing import Any
 import torch
 
 from ..numerics.blocks import matrix_shape
-from ..numerics.float32 import SIGN
-from ..numerics.hadamard import transform
-from ..numerics.primitives import TorchPrimitives, Value
+from ..numerics.hadamard import transform_group
+from ..numerics.primitives import TorchPrimitives
 from .sample_arguments import HadamardArguments
 
 
@@ -32,15 +31,7 @@ def hadamard(x: torch.Tensor, size: int, batch_dims: int, rows: bool, version: i
     y = x.reshape(matrix_shape(x.shape, batch_dims)).to(torch.float32)
     y = y.transpose(1, 2) if rows else y
     groups = y.reshape(*y.shape[:2], -1, size)
-    position = torch.arange(size, dtype=torch.int32, device=x.device)
-
-    def load(i: int) -> Value:
-        return groups[..., i : i + 1].expand(groups.shape).contiguous()
-
-    def flip(bit: int) -> Value:
-        return (((position >> bit) & 1) * SIGN).expand(groups.shape)
-
-    found = transform(TorchPrimitives(), load, flip, size, x.dtype).reshape(y.shape)
+    found = torch.stack(transform_group(TorchPrimitives(), groups.unbind(-1), x.dtype), -1).reshape(y.shape)
     found = found.transpose(1, 2) if rows else found
     return torch.empty_like(x).copy_(found.reshape(x.shape))
 

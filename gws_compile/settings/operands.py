@@ -136,7 +136,7 @@ class Operand:
     def text(self) -> str:
         """What it says, in words: ``"mxfp8, 1 x 32, stochastic"``."""
         rows, length = self.sides
-        named = {(1, None): "channel", (None, None): "tensor"}
+        named: dict[Block, str] = {(1, None): "channel", (None, None): "tensor"}
         block = named.get((rows, length), f"{rows or 'all'} x {length or 'all'}")
         parts = [self.name, *([block] if self.rule not in ("", "unit") else []), self.rule or "no scale"]
         parts += ["stochastic"] if self.rounding == "stochastic" else []

@@ -45,7 +45,8 @@ def split_backward(node: fx.Node) -> dict[str, fx.Node]:
 
     The gradients that are not asked for are left out. What read the old node's results reads theirs.
     """
-    graph, mask = node.graph, node.args[MASK]
+    graph, mask, target = node.graph, node.args[MASK], node.target
+    assert callable(target)
     assert isinstance(mask, (list, tuple))
     parts = {}
     for place, kind in enumerate(("dgrad", "wgrad", "bias")):
@@ -53,7 +54,7 @@ def split_backward(node: fx.Node) -> dict[str, fx.Node]:
             continue
         alone = [place == other for other in range(3)]
         with graph.inserting_before(node):
-            part = graph.call_function(node.target, (*node.args[:MASK], alone), dict(node.kwargs))
+            part = graph.call_function(target, (*node.args[:MASK], alone), dict(node.kwargs))
         part.meta = dict(node.meta)
         value = node.meta.get("val")
         if value is not None:

@@ -19,12 +19,14 @@ def split_backward(node: fx.Node) -> dict[str, fx.Node]:
     What reads a result of the old node reads that of its own; a gradient that nothing reads is left out.
     """
     parts: dict[str, fx.Node] = {}
+    target = node.target
+    assert callable(target)
     for place, kind in enumerate(("dgrad", "wgrad")):
         users = [user for user in node.users if user.target is operator.getitem and user.args[1] == place]
         if not users:
             continue
         with node.graph.inserting_before(node):
-            part = node.graph.call_function(node.target, node.args, dict(node.kwargs))
+            part = node.graph.call_function(target, node.args, dict(node.kwargs))
         part.meta = dict(node.meta)
         parts[kind] = part
         for user in users:

@@ -1,4 +1,4 @@
-"""Recipes a second time: an unmodified model, run eagerly, whose products are replaced one by one by autograd functions.
+"""Recipes a second time: an unmodified model, run eagerly, its products replaced one by one by autograd functions.
 
 What an operand is rounded to is computed from definitions, in numpy: scales in float32, in the order in which their
 sources have them, everything after that exactly, in float64.
@@ -11,7 +11,6 @@ from collections import Counter
 
 import numpy as np
 import torch
-from support.oracle import random_words
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -19,6 +18,7 @@ import gws_compile
 from gws_compile.numerics.integers import IntFormat
 from gws_compile.numerics.keys import key_words
 from gws_compile.settings.operands import Operand
+from support.oracle import random_words
 
 _LARGEST = np.float32(2.0**115)
 
