@@ -164,6 +164,8 @@ def start(
     variants: Iterable[str], precision: str, size: Size, fmt: str, device: str
 ) -> tuple[dict[str, Training], dict[str, tuple[int, int, int]], dict[str, str]]:
     """Compile the variants: by name the trainings, what Dynamo counted of each, and why others were left out."""
+    # Each variant is another backend for the same code of transformers.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(VARIANTS))
     trainings: dict[str, Training] = {}
     missing: dict[str, str] = {}
     counted: dict[str, tuple[int, int, int]] = {}

@@ -41,7 +41,8 @@ class BlockLoops(Loops):
         block = clamped(block, rows, cols)
         return (
             w.get_device().type != "cpu"
-            and math.prod(block) <= _MAX_BLOCK
+            and all(isinstance(side, int) for side in map(_number, block))
+            and math.prod(map(_number, block)) <= _MAX_BLOCK
             and rows % block[0] == 0
             and cols % block[1] == 0
             and (not whole or len(shape) == batch_dims + 2)
@@ -92,3 +93,8 @@ class BlockLoops(Loops):
         row = inductor.modular(block, self._block_cols, self._block_rows) * br + inductor.floordiv(element, bc)
         col = inductor.modular(block, 1, self._block_cols) * bc + inductor.modular(element, 1, bc)
         return [inductor.floordiv(block, self._block_rows * self._block_cols), row, col]
+
+
+def _number(side: Any) -> Any:
+    """A side as an int, where it is one that is known."""
+    return int(side) if getattr(side, "is_Integer", isinstance(side, int)) else side

@@ -60,7 +60,7 @@ class _Arguments:
         version = self.call()[-1]
         if version != OPERATOR_VERSION:
             raise RuntimeError(
-                f"gws::sample_weight and its like are at version {OPERATOR_VERSION}, the graph was made for {version}"
+                f"gws_compile's arithmetic is at version {OPERATOR_VERSION}, the graph was made for {version}"
             )
 
 

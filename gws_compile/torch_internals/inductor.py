@@ -83,12 +83,12 @@ def floordiv(a: Expr, b: Expr) -> Expr:
     return quotient
 
 
-def ceildiv(a: Expr, b: int) -> Expr:
+def ceildiv(a: Expr, b: Expr) -> Expr:
     """``a / b``, rounded up.
 
     Relies on ``torch.utils._sympy.functions.FloorDiv``. Checked on torch 2.11 to 2.15.
     """
-    return floordiv(sympy.sympify(a) + (b - 1), sympy.Integer(b))
+    return sympy.S.One if a == b else floordiv(sympy.sympify(a) + (b - 1), sympy.sympify(b))
 
 
 def modular(a: Expr, divisor: Expr, modulus: Expr) -> Expr:
@@ -100,8 +100,8 @@ def modular(a: Expr, divisor: Expr, modulus: Expr) -> Expr:
     return rest
 
 
-def block_index(index: Expr, size: Expr, side: int) -> Expr:
-    """``index // side``, for an index below ``size``.
+def block_index(index: Expr, size: Expr, side: Expr) -> Expr:
+    """``index // side``, for an index below ``size``; a side that is not a number is the size.
 
     ``CppScheduling.try_loop_split`` (torch 2.13) splits a loop over n, in whose body one ``index // d`` stands,
     into n // d times d iterations: where d does not divide n the last n % d are never run. It looks for a loop
@@ -109,6 +109,8 @@ def block_index(index: Expr, size: Expr, side: int) -> Expr:
 
     Relies on ``torch.utils._sympy.functions.FloorDiv``. Checked on torch 2.11 to 2.15.
     """
+    if size == side:
+        return sympy.S.Zero
     if size % side == 0:
         return floordiv(index, sympy.Integer(side))
     return floordiv(2 * sympy.sympify(index) + 1, sympy.Integer(2 * side))
@@ -147,7 +149,7 @@ def linear_int32(index: Index, sizes: Sequence[Expr], numel: Expr) -> OpsValue:
         numel: their product.
     """
     total = flatten(index, sizes)
-    if numel < 2**31:
+    if (sympy.sympify(numel) < 2**31) == True:  # noqa: E712  (of a symbolic size it is neither true nor false)
         return ops.index_expr(total, torch.int32)
     return ops.to_dtype(ops.index_expr(total, torch.int64), torch.int32, src_dtype=torch.int64)
 

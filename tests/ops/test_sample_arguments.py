@@ -11,7 +11,14 @@ from torch import fx
 import gws_compile.ops.sample_weight  # noqa: F401  registers the operators
 from gws_compile import LearnedBits
 from gws_compile.numerics.formats import FloatFormat
-from gws_compile.ops.sample_arguments import OPERATOR_VERSION, BitsGradientArguments, MaximumArguments, SampleArguments
+from gws_compile.ops.sample_arguments import (
+    OPERATOR_VERSION,
+    BitsGradientArguments,
+    HadamardArguments,
+    MaximumArguments,
+    RoundArguments,
+    SampleArguments,
+)
 
 RULE = LearnedBits().rule
 
@@ -33,6 +40,8 @@ def node():
     ("table", "operator"),
     [
         (SampleArguments, torch.ops.gws.sample_weight.default),
+        (RoundArguments, torch.ops.gws.round_operand.default),
+        (HadamardArguments, torch.ops.gws.hadamard.default),
         (BitsGradientArguments, torch.ops.gws.bits_gradient.default),
         (MaximumArguments, torch.ops.gws.weight_maximum.default),
     ],

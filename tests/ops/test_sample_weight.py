@@ -78,7 +78,7 @@ def test_version_is_raised_with_the_code():
     code = [
         re.sub(r"OPERATOR_VERSION = \d+", "", ast.unparse(_Bare().visit(ast.parse(p.read_text())))) for p in sources
     ]
-    code.append((PACKAGE / "codegen/cpp/sample_weight.cpp.jinja").read_text())
+    code += [path.read_text() for path in sorted((PACKAGE / "codegen/cpp").glob("*.jinja"))]
     digest = hashlib.sha256("".join(code).encode()).hexdigest()[:16]
     assert (OPERATOR_VERSION, digest) == (8, "3e60a4ba123fe502")
 
