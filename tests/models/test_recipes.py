@@ -131,13 +131,13 @@ def experts_by_hand(model, x, ends):
     def rounded(value, *, rows=False):
         return gws_compile.quantize(value.detach(), "fp8_e4m3", (32, 1) if rows else (1, 32), "floor")
 
-    layers = [weight.detach().bfloat16() for weight in (model.up, model.down)]
+    layers = [[rounded(expert, rows=True).bfloat16() for expert in weight] for weight in (model.up, model.down)]
     starts = [0, *ends.tolist()[:-1]]
     outs, hiddens = [], []
     for i, (start, end) in enumerate(zip(starts, ends.tolist(), strict=True)):
-        hidden = (rounded(x[start:end]) @ rounded(layers[0][i], rows=True)).relu()
+        hidden = (rounded(x[start:end]) @ layers[0][i]).relu()
         hiddens.append(hidden)
-        outs.append(rounded(hidden) @ rounded(layers[1][i], rows=True))
+        outs.append(rounded(hidden) @ layers[1][i])
     return torch.cat(outs), torch.cat(hiddens)
 
 
@@ -155,11 +155,11 @@ def test_experts_of_a_grouped_product():
     def rounded(value, *, rows=False):
         return gws_compile.quantize(value.detach(), "fp8_e4m3", (32, 1) if rows else (1, 32), "floor")
 
-    down, up = model.down.detach().bfloat16(), model.up.detach().bfloat16()
+    down, up = ([rounded(expert).bfloat16() for expert in weight] for weight in (model.down, model.up))
     spans = list(zip([0, *ends.tolist()[:-1]], ends.tolist(), strict=True))
-    dhidden = torch.cat([rounded(upstream[a:b]) @ rounded(down[i]).t() for i, (a, b) in enumerate(spans)])
+    dhidden = torch.cat([rounded(upstream[a:b]) @ down[i].t() for i, (a, b) in enumerate(spans)])
     dhidden = dhidden * (hidden > 0)
-    dx = torch.cat([rounded(dhidden[a:b]) @ rounded(up[i]).t() for i, (a, b) in enumerate(spans)])
+    dx = torch.cat([rounded(dhidden[a:b]) @ up[i].t() for i, (a, b) in enumerate(spans)])
     assert torch.equal(grads["x"], dx)
     for name, left, right in (("down", hidden, upstream), ("up", x, dhidden)):
         left, right = rounded(left, rows=True), rounded(right, rows=True)
