@@ -474,6 +474,11 @@ def _check_schedule(schedule: Schedule, config: Config, bits: float | LearnedBit
         _warn("schedule=Schedule() changes nothing: give start, stop, bits, or the steps of a product")
     elif not config.draws_noise and (schedule.draws_from_to or schedule.bits):
         _warn(f"schedule=Schedule({schedule}) has no effect with noise='none'")
+    if schedule.attention != (0, None) and config.attention is None:
+        _warn("Schedule.attention has no effect with attention=None")
+    moved = [one for one in ("forward", "dgrad", "wgrad") if getattr(schedule, one) != (0, None)]
+    if moved == ["wgrad"] and not config.products.rounds:
+        _warn("Schedule.wgrad has no effect: neither activations nor gradients are rounded")
     if not schedule.bits:
         return
     if bits is not None and weights.learned is None:

@@ -19,7 +19,7 @@ from gws_compile.config import Config, Settings
         ),
         ({"fmt": 8}, "unknown format 8; accepted"),
         ({"noise": "gaussian"}, "noise must be one of 'rounded_normal', 'uniform', 'none', got 'gaussian'"),
-        ({"noise": None}, "noise must be one of .*, got None"),
+        ({"noise": "normal"}, "noise must be one of .*, got 'normal'"),
         ({"scale": "round"}, "scale must be one of 'floor', 'ceil', 'amax', 'nvfp4', None, 'auto', got 'round'"),
         ({"resample": "epoch"}, "resample must be one of 'step', 'forward', got 'epoch'"),
         ({"backward": "keep"}, "backward must be one of 'save', 'recompute', got 'keep'"),

@@ -180,7 +180,7 @@ class CompiledGraph:
             for w in rewritten.selected
         )
         self._may_be_noisy = may_draw and not rewritten.gradients
-        self._takes_nothing = not rewritten.selected
+        self._takes_nothing = not (rewritten.selected or rewritten.layout.positions)
 
     def __call__(self, *args: Any) -> Any:
         """Call the compiled graph."""

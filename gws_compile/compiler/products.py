@@ -62,7 +62,7 @@ class GraphProducts:
         return (*self._attention, *(self._found or ()))
 
     def _run(self, graph: fx.Graph) -> None:
-        products = round_operands(graph)
+        products = round_operands(graph, self._names)
         if any(product.reason == NO_NUMBERS for product in products):
             warnings.warn(
                 f"activations and gradients of wgrad are not rounded on torch {torch.__version__}: {NO_NUMBERS}; see "

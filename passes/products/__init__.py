@@ -19,6 +19,7 @@ for their keys than `identity`, what the pass itself is.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -30,11 +31,12 @@ from .round_products import round_products
 __all__ = ["NO_NUMBERS", "Factor", "Product", "find_products", "identity", "round_operands"]
 
 
-def round_operands(graph: fx.Graph) -> list[Product]:
+def round_operands(graph: fx.Graph, names: Sequence[str] = ()) -> list[Product]:
     """Round the operands of the products in one graph: a joint one, or one of the forward alone.
 
     Args:
         graph: of ATen's operations, as AOTAutograd traces them; changed in place.
+        names: of the weights by the numbers of their samples, for messages.
 
     Returns:
         What became of each product.
@@ -43,7 +45,7 @@ def round_operands(graph: fx.Graph) -> list[Product]:
         ValueError: an operand cannot be rounded as is asked for; the message names the product.
     """
     products = find_products(graph)
-    return round_products(graph, products)
+    return round_products(graph, products, names)
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from .find_products import Factor, Product, arguments_of
 from .matrix_products import name_of
 
 
-def round_products(graph: fx.Graph, products: Iterable[Product]) -> list[Product]:
+def round_products(graph: fx.Graph, products: Iterable[Product], names: Sequence[str]) -> list[Product]:
     """Round operands.
 
     Before::
@@ -42,6 +42,7 @@ def round_products(graph: fx.Graph, products: Iterable[Product]) -> list[Product
     Args:
         graph: changed in place.
         products: of `gws_compile.passes.products.find_products.find_products`.
+        names: of the weights, see `gws_compile.passes.products.round_operands`.
 
     Returns:
         The products, with what was done to their operands.
@@ -49,13 +50,14 @@ def round_products(graph: fx.Graph, products: Iterable[Product]) -> list[Product
     Raises:
         ValueError: a transform does not fit.
     """
-    rounder = _Rounder(graph)
+    rounder = _Rounder(graph, names)
     return [rounder.round(product) for product in products]
 
 
 class _Rounder:
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, names: Sequence[str]) -> None:
         self._graph = graph
+        self._names = names
         self._joint = any(map(is_tangent, graph.nodes))
         self._made: dict[tuple[Any, ...], fx.Node] = {}
         self._met: Counter[tuple[fx.Node | None, str]] = Counter()
@@ -69,9 +71,12 @@ class _Rounder:
         if not dtypes <= set(DTYPES):
             return replace(product, reason=f"operands of {', '.join(sorted(map(str, dtypes)))} are not rounded")
         self._met[product.sample, product.kind] += 1
-        transform, reason = _transform(product, settings)
+        transform, reason = _transform(product, settings, self._name(settings.number))
         factors = tuple(self._factor(product, factor, settings, transform) for factor in product.factors)
         return replace(product, factors=factors, reason=reason)
+
+    def _name(self, number: int) -> str:
+        return self._names[number] if number < len(self._names) else "a weight"
 
     def _factor(self, product: Product, factor: Factor, settings: ProductSettings, transform: int) -> Factor:
         assert product.kind
@@ -256,7 +261,7 @@ def _said(operand: Operand, transform: int) -> str:
     return f"{alone}, hadamard {transform}" if transform else alone
 
 
-def _transform(product: Product, settings: ProductSettings) -> tuple[int, str]:
+def _transform(product: Product, settings: ProductSettings, name: str) -> tuple[int, str]:
     """The size of the transform of a product's operands, 0 for none; and why one that is asked for is left out."""
     asking = {"forward": settings.activations, "wgrad": settings.gradients, "dgrad": None}[product.kind or "dgrad"]
     if asking is None or asking.hadamard is None or not asking.rounds_in(product.kind):  # type: ignore[arg-type]
@@ -271,9 +276,9 @@ def _transform(product: Product, settings: ProductSettings) -> tuple[int, str]:
         if summed % size:
             what = {"forward": "features", "wgrad": "tokens"}[product.kind or ""]
             raise ValueError(
-                f"hadamard={size} does not divide the {summed} {what} that {product.kind} of {product.op} at "
-                f"{product.location or 'an unknown place'} sums over: use another size, pad the {what}, or exclude the "
-                "weight"
+                f"hadamard={size} does not divide the {summed} {what} that {product.kind} of {name} ({product.op}"
+                f"{f' at {product.location}' if product.location else ''}) sums over: use another size, pad the "
+                f"{what}, or exclude the weight"
             )
     return size, ""
 

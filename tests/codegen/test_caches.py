@@ -35,11 +35,13 @@ model = Net()
 backend = gws_compile.backend(**settings)
 compiled = torch.compile(model, backend=backend)
 used = compiled(torch.eye(40))
-used.sum().backward()
+(used * torch.linspace(0.1, 1, 40)).sum().backward()
 print(json.dumps({
     "autograd": [counters["aot_autograd"][f"autograd_cache_{k}"] for k in ("hit", "miss", "bypass")],
     "inductor": [counters["inductor"][f"fxgraph_cache_{k}"] for k in ("hit", "miss", "bypass")],
     "used": used.flatten().tolist(),
+    "gradient": model.fc.weight.grad.flatten().tolist(),
+    "products": [[p.kind, p.text, p.weight] for p in backend.report().products],
 }))
 """
 
@@ -98,3 +100,24 @@ def test_what_computes_otherwise_misses(process, cold, change):
     changed = process(**{"fmt": "fp6_e3m2", **change})
     assert changed["autograd"] == [0, 1, 0]
     assert (changed["used"] != cold["used"]) == (not change.keys() & {"backward", "stale"})
+
+
+def test_recipes_are_seen(process):
+    """A second process hits both caches and computes the same; its report has the products, of which none came by.
+
+    How gradients are rounded changes no node of Dynamo's graph but the text of an argument.
+    """
+    operands = {"fmt": "mxfp8", "noise": "none", "exclude": [], "activations": "mxfp8", "gradients": "mxfp8"}
+    cold = process(**operands)
+    assert cold["autograd"] == [0, 1, 0]
+    kinds = [kind for kind, _, _ in cold["products"]]
+    assert sorted(kinds) == ["forward", "wgrad"]
+    warm = process(**operands)
+    assert (warm["autograd"], warm["inductor"]) == ([1, 0, 0], [2, 0, 0])
+    assert {key: warm[key] for key in ("used", "gradient", "products")} == {
+        key: cold[key] for key in ("used", "gradient", "products")
+    }
+    other = process(**{**operands, "gradients": "fp8_e5m2"})
+    assert other["autograd"] == [0, 1, 0]
+    assert other["used"] == cold["used"]
+    assert other["gradient"] != cold["gradient"]
