@@ -70,7 +70,9 @@ def test_bad_beside_other_settings(settings, message):
 
 
 def test_a_schedule_without_effect_is_named():
-    with pytest.warns(gws_compile.GwsWarning, match=r"schedule=Schedule\(\) changes nothing: give start, stop, bits, or the"):
+    with pytest.warns(
+        gws_compile.GwsWarning, match=r"schedule=Schedule\(\) changes nothing: give start, stop, bits, or"
+    ):
         gws_compile.backend(schedule=Schedule())
     with pytest.warns(gws_compile.GwsWarning, match="no noise from step 9.* has no effect with noise='none'"):
         gws_compile.backend(noise="none", schedule=Schedule(stop=9))
