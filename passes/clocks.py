@@ -48,4 +48,5 @@ class Clocks:
             first_width = next((p for p in placeholders if p.name.startswith("gws_bits")), None)
             clocks[device] = add_placeholder(graph, f"gws_clock_{len(clocks)}", clock, before=first_width)
             self._rewrite.add_clock(device)
-        return clocks[device]
+        found: fx.Node = clocks[device]
+        return found

@@ -123,7 +123,7 @@ def checked(name: str, value: Any, source: str) -> Any:
         value = _value(name, value)
         # Elements with which every scale is good: what is given beside it is not known here.
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", GwsWarning)
+            warnings.filterwarnings(action="ignore", category=GwsWarning)
             Config.make(**{"fmt": "fp4_e2m1", name: value})
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
@@ -155,7 +155,8 @@ def _frozen(value: Any) -> Any:
 def _schedule(text: str) -> Schedule:
     pairs = (pair.partition("=") for pair in text.split(",") if pair)
     given = ((name.strip(), value.strip()) for name, _, value in pairs)
-    read = {"bits": _points, **dict.fromkeys(PRODUCTS, _window)}
+    read: dict[str, Callable[[str], Any]] = {"bits": _points}
+    read |= {str(product): _window for product in PRODUCTS}
     return _made(Schedule, {name: read.get(name, _step)(value) for name, value in given})
 
 

@@ -86,5 +86,5 @@ class GraphProducts:
         name = ""
         if product.sample is not None and product.settings.change_something:
             name = self._names[product.settings.number]
-        operands = {factor.role: factor.rounded for factor in product.factors}
+        operands: dict[str, str] = {factor.role: factor.rounded for factor in product.factors}
         return ProductRecord(self._number, name, product.kind, product.op, product.location, operands, product.reason)

@@ -6,10 +6,11 @@ may round stochastically, and blocks are those of whatever matrix the operand is
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from ..numerics.spec import Rounding
 from .eager import sample_eager
 from .sample_arguments import RoundArguments
 from .sample_weight import DTYPES
@@ -49,7 +50,8 @@ def round_operand(
     Returns:
         Shape, strides and dtype of ``x``. A block with a NaN or an Inf is NaN. The gradient is the identity.
     """
-    given = RoundArguments(x, key, clock, batch_dims, fmt, block, scale, rounding, place, switch, version)
+    how = cast(Rounding, rounding)
+    given = RoundArguments(x, key, clock, batch_dims, fmt, block, scale, how, place, switch, version)
     return sample_eager(x, given.spec(x.dtype), batch_dims, block, key, clock)
 
 

@@ -18,7 +18,7 @@ from ..passes import samples
 from ..torch_internals.stack_trace import without_wrappers
 from .graph_drawing import Drawing, lay_out
 from .histograms import Histogram
-from .records import GraphBreak, GraphRecord, WeightRecord
+from .records import GraphBreak, GraphRecord, ProductRecord, WeightRecord
 
 _TEMPLATES = Path(__file__).parent
 _PLOT = (420, 120)
@@ -35,6 +35,10 @@ class Content(Protocol):
     @property
     def rewritten(self) -> Sequence[WeightRecord]:
         """The weights whose reads see the cast weight."""
+
+    @property
+    def products(self) -> Sequence[ProductRecord]:
+        """Where operands of products are rounded, every product."""
 
     @property
     def graphs(self) -> Sequence[GraphRecord]:

@@ -65,7 +65,7 @@ def take_apart(build: Builder, node: fx.Node) -> tuple[Value, Value]:
         q,
         k,
         v,
-        (shape_q, shape_k, shape_k),
+        shapes=(shape_q, shape_k, shape_k),
         device_type=example.device.type,
         mask=mask,
         dropout=given["dropout_p"] if given["training"] else 0.0,

@@ -104,7 +104,7 @@ class _Rounder:
             out, _ = attend(
                 build,
                 *(build.value(given[name]) for name in names),
-                (tuple(q.shape), tuple(k.shape), tuple(v.shape)),
+                shapes=(tuple(q.shape), tuple(k.shape), tuple(v.shape)),
                 device_type=q.device.type,
                 mask=build.given(mask),
                 bool_mask=of_mask is not None and of_mask.dtype == torch.bool,

@@ -72,8 +72,8 @@ def operands_of(node: fx.Node) -> tuple[Operand, Operand] | None:
     if name == grouped_fallback.FORWARD:
         return Operand(grouped_fallback.INPUT, 0, False), Operand(grouped_fallback.WEIGHT, 1, True)
     if name == GROUPED:
-        dims = [value.ndim - 2 for value in map(fake_value, node.args[:2]) if isinstance(value, torch.Tensor)]
-        if len(dims) == 2:
-            ragged = dims == [0, 0]
-            return Operand(0, dims[0], False, ragged), Operand(1, dims[1], True, ragged)
+        counts = [value.ndim - 2 for value in map(fake_value, node.args[:2]) if isinstance(value, torch.Tensor)]
+        if len(counts) == 2:
+            ragged = counts == [0, 0]
+            return Operand(0, counts[0], False, ragged), Operand(1, counts[1], True, ragged)
     return None

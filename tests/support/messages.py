@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from .pages import ROOT
 
-SOURCES = [*(ROOT / "gws_compile").rglob("*.py"), *(ROOT / "passes").glob("*.py")]
+SOURCES = [*(ROOT / "gws_compile").rglob("*.py"), *(ROOT / "passes").rglob("*.py")]
 
 
 def warnings() -> list[list[str]]:
