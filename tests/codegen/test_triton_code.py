@@ -28,9 +28,9 @@ from gws_compile.ops.sample_arguments import OPERATOR_VERSION
 pytest.importorskip("triton")
 
 KEY = torch.tensor([123456789, -987654321], dtype=torch.int32)
-ON = torch.tensor([7, -1, 0, 0], dtype=torch.int32)
-OFF = torch.tensor([7, 0, 0, 0], dtype=torch.int32)
-FROZEN = torch.tensor([7, -1, -1, 0], dtype=torch.int32)
+ON = torch.tensor([7, -1, 0, 0, 0], dtype=torch.int32)
+OFF = torch.tensor([7, 0, 0, 0, 0], dtype=torch.int32)
+FROZEN = torch.tensor([7, -1, -1, 0, 0], dtype=torch.int32)
 RULE = gws_compile.LearnedBits().rule.spec
 BITS = {"e4m3": 5.0, "e2m1": 3.0, "e5m2": 4.0, "e8m7": 9.0, "e8m23": 24.0, "e7m23": 24.0}
 NOISES = ("rounded_normal", "uniform", "none")
@@ -104,6 +104,17 @@ def learned(w: torch.Tensor, b: torch.Tensor, clock: torch.Tensor, noise: str, s
 
 def bits_gradient(grad: torch.Tensor, w: torch.Tensor, b: torch.Tensor, noise: str) -> torch.Tensor:
     return torch.ops.gws.bits_gradient(grad, w, KEY, ON, b, 0, noise, (32, 32), RULE, [], [], None, OPERATOR_VERSION)
+
+
+def rounded(x: torch.Tensor, settings: tuple, batch_dims: int = 0) -> torch.Tensor:
+    """An operand behind a pointwise operation; the settings are format, block, scale, rounding."""
+    fmt, block, scale, rounding = settings
+    source = (KEY, ON) if rounding == "stochastic" else (None, None)
+    return torch.ops.gws.round_operand(x * 2, *source, batch_dims, fmt, block, scale, rounding, 3, 0, OPERATOR_VERSION)
+
+
+def transformed(x: torch.Tensor, size: int, rows: bool) -> torch.Tensor:
+    return torch.ops.gws.hadamard(x, size, 0, rows, OPERATOR_VERSION)
 
 
 def extrema(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -235,8 +246,27 @@ LARGE = {
         bits_gradient, (meta(4096, 4096), meta(4096, 4096), meta(128, 128), "rounded_normal"), interpret=False
     ),
 }
+OPERANDS = {
+    f"operand {' '.join(map(str, settings))} {tuple(x.shape)}": Call(rounded, (x, settings, x.ndim - 2))
+    for x, settings in (
+        (randn(40, 96), ("e4m3", (1, 32), "floor", "nearest")),
+        (randn(96, 40), ("e4m3", (32, 1), "floor", "nearest")),
+        (randn(32, 64).bfloat16(), ("e2m1", (1, 16), "nvfp4", "stochastic")),
+        (randn(64, 24).bfloat16(), ("e2m1", (16, 1), "nvfp4", "stochastic")),
+        (randn(2, 24, 64), ("e5m2", (1, 0), "amax", "stochastic")),
+        (randn(24, 40), ("e5m2", (0, 0), "amax", "nearest")),
+        (randn(24, 64).half(), ("e4m3", (1, 32), "unit", "nearest")),
+        (randn(24, 200), ("e4m3", (1, 128), "amax", "nearest")),
+    )
+}
+TRANSFORMS = {
+    "rotated features": Call(transformed, (randn(24, 64), 16, False)),
+    "rotated tokens": Call(transformed, (randn(64, 24).bfloat16(), 32, True)),
+}
 BEYOND_INT32, TRAIN, EXTREMA = "more than 2**31 elements", "training", "extrema"
-CALLS = (SAMPLES | ONCE | EXACT | MOVED | MAXIMA | LINEARS | TWICE | LEARNED | GRADIENTS | LARGE) | {
+CALLS = (
+    SAMPLES | ONCE | EXACT | MOVED | MAXIMA | LINEARS | TWICE | LEARNED | GRADIENTS | LARGE | OPERANDS | TRANSFORMS
+) | {
     BEYOND_INT32: sample_call(meta(2**16, 2**15 + 2, dtype=torch.bfloat16), interpret=False),
     TRAIN: Call(train_step, (randn(4, 40), "inductor"), compiled=False),
     EXTREMA: Call(extrema, (torch.tensor([[1.0, -3.0, 2.0], [5.0, torch.nan, -1.0], [-torch.inf, 0.0, 0.5]]),)),
@@ -298,7 +328,7 @@ def test_kernel_count(outcomes, name):
     assert len(kernel_sources(outcomes[name].sources[0])) == wanted
 
 
-@pytest.mark.parametrize("name", [*SAMPLES, *ONCE, *EXACT, *MOVED, *MAXIMA, *LINEARS, *TWICE])
+@pytest.mark.parametrize("name", [*SAMPLES, *ONCE, *EXACT, *MOVED, *MAXIMA, *LINEARS, *TWICE, *OPERANDS, *TRANSFORMS])
 def test_no_call_outside_the_kernels(outcomes, name):
     assert "torch.ops.gws" not in code(outcomes[name])
     assert set(re.findall(r"\b(?:libdevice|tl_math)\.(\w+)", code(outcomes[name]))) <= {"abs"}
@@ -330,9 +360,16 @@ def assert_same_bits(actual: torch.Tensor, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(actual, wanted, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", [*SAMPLES, *ONCE, *EXACT, *MOVED])
+@pytest.mark.parametrize("name", [*SAMPLES, *ONCE, *EXACT, *MOVED, *OPERANDS, *TRANSFORMS])
 def test_results_are_those_of_the_eager_kernel(outcomes, name):
     assert_same_bits(outcomes[name].result, CALLS[name].fn(*CALLS[name].args))
+
+
+def test_operands_are_fused_with_what_precedes(outcomes):
+    """Whole blocks along features: one kernel behind a pointwise operation, which stores what is needed elsewhere."""
+    (name,) = (name for name in OPERANDS if "e4m3 (1, 32) floor" in name)
+    (kernel,) = kernel_sources(outcomes[name].sources[0]).values()
+    assert len(re.findall(r"tl\.load\(in_ptr0 \+", kernel)) == 1
 
 
 @pytest.mark.parametrize("name", MAXIMA)
