@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.recipe_oracle import rounded, transformed
+from support.recipe_oracle import hadamard_matrix, rounded, transformed
 from torch import nn
 
 import gws_compile
@@ -104,31 +104,66 @@ def test_a_layer_is_torchaos_mxfp8_layer(layer):
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max())
 
 
+def exact_for_torchao(rows, cols):
+    """Values for which torchao's order of operations rounds as the recipe's source does: see test_nvfp4_torchao."""
+    values = torch.randn(rows, cols) ** 3
+    values *= 2.0 ** -torch.randint(3, (rows, cols // 16)).repeat_interleave(16, 1)
+    values = (values.bfloat16().float().clamp(-40, 40) * 2.0**5).round()
+    values[:, ::16] = values[:, ::16].sign() * values[:, ::16].abs().clamp(min=64.0)  # no block of a small maximum
+    values[3, 7] = -2688.0
+    return values
+
+
+def nvfp4_of_torchao(value):
+    """What its quantizer's codes and scales stand for; and the spacing of each block's levels from 4 on, the widest."""
+    of_tensor = per_tensor_amax_to_scale(value.abs().max())
+    assert of_tensor == 1
+    scales, packed = nvfp4_quantize(value, per_tensor_scale=of_tensor)
+    codes = torch.stack([packed & 15, packed >> 4], -1).flatten(1).long()
+    levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])[codes]
+    scale = (scales.float() * of_tensor).repeat_interleave(16, 1)
+    return levels * scale, scale
+
+
 def test_nvfp4_operands(layer):
-    """Activations along their features, and transformed along the tokens: what torchao's reference quantizes.
-
-    torchao divides where the recipe's source multiplies by a reciprocal: values are those of its codes and scales but
-    for a share of blocks whose scale rounds the other way.
-    """
-    model, x, g = layer
-    met, _ = operands_of_products({"recipe": "nvfp4"}, model, x, g)
+    """Activations along their features, and transformed along the tokens; weights in squares, both ways the same."""
+    model, _, g = layer
+    x = exact_for_torchao(TOKENS, INPUTS)
+    met, _ = operands_of_products({"recipe": "nvfp4"}, model, x.clone().requires_grad_(), g)
     w = model[0].weight.detach()
-    forward, dgrad, wgrad = in_order(met, x, w, g)
-
-    def theirs(value):
-        value = value.detach().contiguous()
-        of_tensor = per_tensor_amax_to_scale(value.abs().max())
-        scales, packed = nvfp4_quantize(value, per_tensor_scale=of_tensor)
-        codes = torch.stack([packed & 15, packed >> 4], -1).flatten(1).long()
-        levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])[codes]
-        return levels * (scales.float() * of_tensor).repeat_interleave(16, 1)
-
-    for ours, value in ((forward[0], x), (wgrad[1].t(), transformed(x.detach().t(), 16))):
-        close = torch.isclose(ours, theirs(value), rtol=1e-5, atol=1e-7)
-        assert close.float().mean() > 0.98
-    assert torch.equal(forward[0], rounded(x.detach(), Operand("nvfp4")))
+    forward, dgrad, _ = in_order(met, x, w, g)
+    assert torch.equal(forward[0], nvfp4_of_torchao(x)[0])
+    assert torch.equal(forward[0], rounded(x, Operand("nvfp4")))
     assert torch.equal(forward[1].t(), gws_compile.quantize(w, "nvfp4"))
-    assert torch.equal(dgrad[1], forward[1].t())  # squares: the same values both ways
-    # Gradients are rounded up or down, to the grid that nearest rounding has.
-    scale = gws_compile.quantize(g, "fp4_e2m1", (1, 16), "nvfp4")
-    assert (dgrad[0] - g).abs().max() <= 2 * (scale - g).abs().max() + g.abs().max() / 3
+    assert torch.equal(dgrad[1], forward[1].t())
+
+
+def test_nvfp4_operands_of_wgrad(layer):
+    """The rotation of the tokens is undone before, exactly, so that what is rounded has few bits again."""
+    model, _, g = layer
+    turned = exact_for_torchao(INPUTS, TOKENS)
+    back = (turned.double().reshape(INPUTS, -1, 16) @ hadamard_matrix(16).t()).reshape(INPUTS, TOKENS)
+    x = back.t().float().contiguous()
+    assert torch.equal(transformed(x.t(), 16), turned)
+    met, _ = operands_of_products({"recipe": "nvfp4"}, model, x.requires_grad_(), g)
+    _, _, wgrad = in_order(met, x, model[0].weight.detach(), g)
+    assert torch.equal(wgrad[1].t(), nvfp4_of_torchao(turned)[0])
+
+
+def test_nvfp4_gradients(layer):
+    """Their scales are torchao's, and each element is one of the two levels around it."""
+    model, x, _ = layer
+    g = exact_for_torchao(TOKENS, OUTPUTS)
+    met, _ = operands_of_products({"recipe": "nvfp4"}, model, x, g)
+    _, dgrad, _ = in_order(met, x, model[0].weight.detach(), g)
+    nearest, scale = nvfp4_of_torchao(g)
+    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    level = (dgrad[0] / scale).abs()
+    assert torch.isin(level, grid).all()
+    value = (g / scale).abs().clamp(max=6)
+    above = torch.searchsorted(grid, value)
+    neighbours = grid[(above - 1).clamp(min=0)], grid[above]
+    on_grid = torch.isin(value, grid)
+    assert ((level == neighbours[0]) | (level == neighbours[1]))[~on_grid].all()
+    assert torch.equal(dgrad[0][on_grid], nearest[on_grid])
+    assert 0.3 < (dgrad[0] == nearest)[~on_grid].float().mean() < 1
