@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import fx
 
+from gws_compile.ops import round_operand  # noqa: F401  (registers the operator)
 from gws_compile.ops.sample_arguments import SampleArguments
 from gws_compile.settings.operands import ProductSettings
 from gws_compile.torch_internals.graphs import is_tangent, sequence_number
@@ -35,6 +36,8 @@ NO_NUMBERS = "autograd's numbers of operations are missing, by which it would be
 _NOBODYS = "no operand is a sampled weight"
 
 _SAMPLE = torch.ops.gws.sample_weight.default
+
+_ROUNDED = torch.ops.gws.round_operand.default
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,9 @@ class _Finder:
         name = name_of(node)
         operands = operands_of(node)
         if operands is not None:
-            yield self._classified(node, operands)
+            product = self._classified(node, operands)
+            if product.kind in ("forward", "dgrad") or not self._multiplies_rounded(product):
+                yield product
         elif name == convolutions.FORWARD:
             yield self._convolution(node)
         elif name == convolutions.BACKWARD:
@@ -161,6 +166,11 @@ class _Finder:
         if name_of(node) in (*_VIEWS, "cat", "stack") or node in self._gradients:
             return False
         return any(self.origin(given).target is _SAMPLE for given in node.all_input_nodes)
+
+    def _multiplies_rounded(self, product: Product) -> bool:
+        """Whether it is one of attention's, whose operands another pass has rounded, and listed, before."""
+        activations = (factor.node for factor in product.factors if factor.role == "activation")
+        return any(self.origin(node).target is _ROUNDED for node in activations)
 
     def _classified(self, node: fx.Node, operands: Iterable[Operand]) -> Product:
         factors = []

@@ -11,6 +11,7 @@ import torch
 from gws_compile.passes.summed_sides import sums_over_rows
 from torch import fx
 
+from gws_compile.numerics.elements import parse_element
 from gws_compile.ops import hadamard, round_operand  # noqa: F401  (register the operators)
 from gws_compile.ops.sample_arguments import HadamardArguments, RoundArguments
 from gws_compile.ops.sample_weight import DTYPES
@@ -169,7 +170,8 @@ class _Rounder:
         given = arguments_of(product.sample)
         turned = self._turned(product, factor, settings)
         switch = settings.switch(product.kind)
-        text = f"{given.fmt}, {_block_text(given.block[::-1] if turned else given.block)}, {given.scale or 'no scale'}"
+        block = _block_text(given.block[::-1] if turned else given.block)
+        text = f"{parse_element(given.fmt).name}, {block}, {given.scale or 'no scale'}"
         if not (turned or transform or switch != given.switch):
             return factor.node, text
         late = product.kind == "dgrad"

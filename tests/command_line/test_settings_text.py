@@ -8,7 +8,7 @@ import pytest
 from gws_compile.passes import SKIP_VARIABLE
 
 import gws_compile
-from gws_compile import LearnedBits, Schedule
+from gws_compile import AttentionOperands, LearnedBits, Operand, Schedule
 from gws_compile.command_line.settings_text import NAMES, from_environment, from_file, read, variable
 from gws_compile.config import SETTINGS, Config
 
@@ -41,6 +41,22 @@ from gws_compile.config import SETTINGS, Config
         ("rules", "a.*, b.*=int8", ((["a.*", "b.*"], {"fmt": "int8"}),)),
         ("schedule", "start=10,stop=900", Schedule(start=10, stop=900)),
         ("schedule", "bits=0:8/1000:4.5", Schedule(bits=((0, 8.0), (1000, 4.5)))),
+        ("schedule", "forward=0:9000,wgrad=10:", Schedule(forward=(0, 9000), wgrad=(10, None))),
+        ("activations", "mxfp8", Operand("mxfp8")),
+        ("activations", "none", None),
+        (
+            "gradients",
+            "fp8_e5m2, block=1xall, scale=amax, rounding=stochastic, products=dgrad+wgrad",
+            Operand("fp8_e5m2", block=(1, None), scale="amax", rounding="stochastic", products=("dgrad", "wgrad")),
+        ),
+        ("attention", "fp8_tiles", "fp8_tiles"),
+        ("attention", "int8,block=1x64", Operand("int8", block=(1, 64))),
+        (
+            "attention",
+            "queries=mxfp8;values=fp8_channel;probabilities=fp8_e4m3,scale=unit",
+            AttentionOperands(queries="mxfp8", values="fp8_channel", probabilities=Operand("fp8_e4m3", scale="unit")),
+        ),
+        ("recipe", "nvfp4", "nvfp4"),
         ("scale", "none", None),
         ("scale", "ceil", "ceil"),
         ("include", "*.mlp.*, *.attn.*", ("*.mlp.*", "*.attn.*")),
@@ -135,6 +151,47 @@ def test_rules_and_schedule_in_a_file(tmp_path):
     ]
     schedule = Schedule(start=5, bits=((10, 8.0), (100, 5)))
     assert Config.make(**from_file(path)) == Config.make("mxfp8", rules=rules, schedule=schedule)
+
+
+def test_operands_in_a_file(tmp_path):
+    path = tmp_path / "gws.toml"
+    path.write_text("""
+recipe = "mxfp8"
+activations = "mxfp4"
+
+[gradients]
+fmt = "nvfp4"
+rounding = "stochastic"
+hadamard = 16
+
+[attention]
+queries = { fmt = "fp8_e4m3", block = [64, "all"], scale = "amax" }
+
+[schedule]
+forward = [0, 9000]
+""")
+    config = Config.make(**from_file(path))
+    assert config.activations == Operand("mxfp4")
+    assert config.gradients == Operand("nvfp4", rounding="stochastic", hadamard=16)
+    assert config.attention == AttentionOperands(queries=Operand("fp8_e4m3", block=(64, None), scale="amax"))
+    assert config.schedule == Schedule(forward=(0, 9000))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[gradients]\nrounding = 'stochastic'", "an operand needs a format: fmt=mxfp8, or another one, got"),
+        ("[gradients]\nfmt = 'mxfp8'\nround = 'up'", "Operand has no 'round': did you mean 'rounding'"),
+        ("[attention]\nquery = { fmt = 'mxfp8' }", "AttentionOperands has no 'query': did you mean 'queries'"),
+        ("[schedule]\nforward = [5, 1]", r"Schedule.forward takes \(first, last\)"),
+        ("activations = 8", "activations must be an Operand"),
+    ],
+)
+def test_bad_operands_in_a_file(tmp_path, text, message):
+    path = tmp_path / "gws.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        from_file(path)
 
 
 def test_settings_that_are_good_together_are_not_refused_one_by_one():

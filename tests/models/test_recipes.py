@@ -109,7 +109,7 @@ def test_a_transposed_convolution_sums_over_the_rows_of_its_weight():
     assert torch.equal(y, wanted)
     y.sum().backward()
     products = {p.kind: p.operands["weight"] for p in backend.report().products if "weight" in p.operands}
-    assert products == {"forward": "e4m3, 32 x 1, floor", "dgrad": "e4m3, 1 x 32, floor"}
+    assert products == {"forward": "fp8_e4m3, 32 x 1, floor", "dgrad": "fp8_e4m3, 1 x 32, floor"}
 
 
 class Experts(nn.Module):

@@ -42,6 +42,20 @@ def test_the_page_of_a_model(tmp_path):
     assert sum("linear(" in line or "matmul" in line or " @ " in line for line in gone) == 3
 
 
+def test_products(tmp_path):
+    """Each with its weight, its operands, and why they are left alone; no such table without recipes."""
+    model = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False))
+    backend = gws_compile.backend(recipe="mxfp8", rules=[("1.*", None)], exclude=(), inner="aot_eager")
+    page = page_of(gws_compile.explain(model, torch.ones(4, 32), backend=backend), tmp_path)
+    section = page.section("products")
+    assert "0.weight" in section
+    assert "activation fp8_e4m3, 1 x 32, floor" in " ".join(section.split())
+    assert "no operand is a sampled weight" in section
+    assert "2 of 5" in " ".join(e["text"] for e in page.all("b"))
+    plain = page_of(gws_compile.explain(model, torch.ones(4, 32)), tmp_path)
+    assert not plain.all("h2", id="products")
+
+
 def test_without_weights(tmp_path):
     empty = gws_compile.backend().report()
     assert "nothing has been traced" in page_of(empty, tmp_path).section("weights")
