@@ -50,7 +50,9 @@ def to_check(page, *languages):
 def _outside(request, monkeypatch, tmp_path):
     """Another folder, no settings from outside, and no generated code."""
 
-    def without_inductor(gm, example_inputs, *, mode, options):
+    def without_inductor(gm, example_inputs, *, mode, options, graph_pass):
+        if graph_pass is not None:
+            return compilers.aot_compile(gm, example_inputs, lambda graph, _: graph.forward, graph_pass)
         return compilers.named_compile("aot_eager", gm, example_inputs)
 
     if request.param == "aot_eager":
