@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
@@ -460,6 +461,14 @@ def _check_operands(config: Config) -> None:
             f"inner='eager' has no graph of the products in which {' and '.join(rounded) or 'operands'} could be "
             "rounded: use 'aot_eager' or 'inductor'"
         )
+    if config.products.rounds:
+        for where, settings in (("block", config.weights), *((rule.text, rule.settings) for rule in config.rules)):
+            rows, cols = (None, None) if settings is None else settings.block
+            if (rows or math.inf) > (cols or math.inf):
+                raise ValueError(
+                    f"{where}: with activations or gradients, blocks of weights run along what a product sums over, "
+                    f"their second side, got {(rows, cols)}; write {(cols, rows)}"
+                )
     gradients, activations = config.gradients, config.activations
     if gradients is not None and gradients.hadamard and activations is None:
         _warn(

@@ -54,18 +54,19 @@ def inductor_compile(
 
 def _custom_pass(graph_pass: GraphPass, before: Any) -> Any:
     """A pass as Inductor takes it, behind one that is configured already."""
-    known = before.uuid() if hasattr(before, "uuid") else None
+    others = () if before is None else tuple(before) if isinstance(before, (list, tuple)) else (before,)
+    known = tuple(one.uuid() if hasattr(one, "uuid") else None for one in others)
 
     class Both(find("torch._inductor.custom_graph_pass", "CustomGraphPass")):  # type: ignore[misc]
         def __call__(self, graph: fx.Graph) -> None:
-            if before is not None:
-                before(graph)
+            for one in others:
+                one(graph)
             graph_pass.run(graph)
             graph.lint()
 
         def uuid(self) -> object:
             # A pass without an identity has nothing cached; nor does it with this one behind it.
-            return None if before is not None and known is None else (graph_pass.identity, known)
+            return None if None in known else (graph_pass.identity, known)
 
     return Both()
 

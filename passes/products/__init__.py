@@ -13,7 +13,7 @@ for their keys than `identity`, what the pass itself is.
     matrix_products  which operands an operation multiplies, and which of their sides are summed over
     convolutions     the same of convolutions, whose backward is one operation
     grouped_fallback the same of transformers' grouped product of experts
-    emitting         new nodes of such graphs
+    values           what a value was before it was rearranged
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+from gws_compile.passes import summed_sides
 from torch import fx
+
+from gws_compile.settings import operands
 
 from .find_products import NO_NUMBERS, Factor, Product, find_products
 from .round_products import round_products
@@ -52,6 +55,6 @@ def round_operands(graph: fx.Graph, names: Sequence[str] = ()) -> list[Product]:
 def identity() -> bytes:
     """What the pass is, for the keys of compile caches: a hash of its sources."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in (*sorted(Path(__file__).parent.glob("*.py")), Path(summed_sides.__file__), Path(operands.__file__)):
         digest.update(path.read_bytes())
     return digest.digest()

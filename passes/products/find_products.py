@@ -17,18 +17,11 @@ from gws_compile.torch_internals.stack_trace import source_of
 
 from . import convolutions, grouped_fallback
 from .matrix_products import ATTENTION, LEFT_ALONE, Operand, name_of, operands_of
+from .values import JOINS, handed_on
 
 Role = Literal["weight", "activation", "gradient"]
 
 Kind = Literal["forward", "dgrad", "wgrad", ""]
-
-# What a value goes through as it is, rearranged, or in another dtype.
-_VIEWS = frozenset(
-    "view _unsafe_view reshape permute t transpose expand unsqueeze squeeze slice select getitem split "
-    "split_with_sizes unsafe_split unbind alias detach clone _to_copy convert_element_type contiguous "
-    "lift_fresh_copy view_as index index_select wait_tensor all_gather_into_tensor "
-    "all_gather_into_tensor_coalesced".split()
-)
 
 NO_NUMBERS = "autograd's numbers of operations are missing, by which it would be told whose gradient it is"
 """Why the products of the backward are not told apart on a torch that writes their numbers otherwise."""
@@ -134,20 +127,19 @@ class _Finder:
             yield _left(node, f"{name} is not rounded")
 
     def origin(self, node: fx.Node) -> fx.Node:
-        """What a value is before it was rearranged and converted."""
+        """What a value is before it was rearranged, converted, or scaled by a number."""
         if node not in self._origins:
-            first = node.args[0] if node.args else None
-            is_view = name_of(node) in _VIEWS and isinstance(first, fx.Node)
+            before = handed_on(node)
             joined = self._joined(node)
             if joined is not None:
                 self._origins[node] = joined
             else:
-                self._origins[node] = self.origin(first) if is_view and isinstance(first, fx.Node) else node
+                self._origins[node] = node if before is None else self.origin(before)
         return self._origins[node]
 
     def _joined(self, node: fx.Node) -> fx.Node | None:
         """The first of the samples that a node joins, where it joins samples alone, with the same settings."""
-        if name_of(node) not in ("cat", "stack") or not isinstance(node.args[0], (list, tuple)):
+        if name_of(node) not in JOINS or not isinstance(node.args[0], (list, tuple)):
             return None
         parts = [self.origin(part) for part in node.args[0] if isinstance(part, fx.Node)]
         if not all(part.target is _SAMPLE for part in parts):
@@ -163,7 +155,7 @@ class _Finder:
 
     def _reads_weight(self, node: fx.Node) -> bool:
         """Whether something else than a view takes a sample."""
-        if name_of(node) in (*_VIEWS, "cat", "stack") or node in self._gradients:
+        if name_of(node) in JOINS or node in self._gradients or handed_on(node) is not None:
             return False
         return any(self.origin(given).target is _SAMPLE for given in node.all_input_nodes)
 

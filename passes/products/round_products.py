@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from gws_compile.torch_internals.graphs import emit, fake_value, is_tangent
 from . import convolutions
 from .find_products import Factor, Product, arguments_of
 from .matrix_products import name_of
+from .values import handed_on
 
 
 def round_products(graph: fx.Graph, products: Iterable[Product], names: Sequence[str]) -> list[Product]:
@@ -73,8 +75,20 @@ class _Rounder:
             return replace(product, reason=f"operands of {', '.join(sorted(map(str, dtypes)))} are not rounded")
         self._met[product.sample, product.kind] += 1
         transform, reason = _transform(product, settings, self._name(settings.number))
+        untold = self._untold(product, settings, transform)
+        if untold:
+            transform, reason = 0, untold
         factors = tuple(self._factor(product, factor, settings, transform) for factor in product.factors)
         return replace(product, factors=factors, reason=reason)
+
+    def _untold(self, product: Product, settings: ProductSettings, transform: int) -> str:
+        """Why a weight is not sampled for its product as it should be; empty where it is."""
+        if product.kind == "wgrad" or not settings.rounds:
+            return ""
+        across, along = arguments_of(product.sample).block if product.sample is not None else (0, 0)
+        if self._over_rows(product, product.factor("weight")) is not None or not (transform or across != along):
+            return ""
+        return "it cannot be told which side of its weight it sums over: the weight's blocks are as they were"
 
     def _name(self, number: int) -> str:
         return self._names[number] if number < len(self._names) else "a weight"
@@ -174,33 +188,35 @@ class _Rounder:
         text = f"{parse_element(given.fmt).name}, {block}, {given.scale or 'no scale'}"
         if not (turned or transform or switch != given.switch):
             return factor.node, text
+        over_rows = bool(self._over_rows(product, factor))
         late = product.kind == "dgrad"
-        w = given.w
-        if transform:
-            over_rows = bool(self._over_rows(product, factor))
-            arguments = HadamardArguments(w, transform, given.batch_dims, over_rows)
-            w = self._add(product, torch.ops.gws.hadamard.default, arguments.call(), in_backward=late)
-        maxima = given.maxima if given.scale == "nvfp4" or not turned else None
-        again = replace(
-            given, w=w, block=list(given.block[::-1] if turned else given.block), switch=switch, maxima=maxima
-        )
-        clone = {product.sample: self._add(product, product.sample.target, again.call(), in_backward=late)}
-        return self._replayed(product, factor.node, clone, in_backward=late), text
+
+        def again(sample: fx.Node) -> fx.Node:
+            of_sample = arguments_of(sample)
+            w = of_sample.w
+            if transform:
+                arguments = HadamardArguments(w, transform, of_sample.batch_dims, over_rows)
+                w = self._add(product, torch.ops.gws.hadamard.default, arguments.call(), in_backward=late)
+            changed = replace(of_sample, w=w, switch=switch)
+            if turned:
+                # Maxima of blocks that lie on several ranks are those of the blocks as they were; a part has its own.
+                maxima = of_sample.maxima if of_sample.scale == "nvfp4" else None
+                changed = replace(changed, block=list(of_sample.block[::-1]), maxima=maxima)
+            return self._add(product, sample.target, changed.call(), in_backward=late)
+
+        return self._replayed(product, factor.node, again, in_backward=late), text
 
     def _replayed(
-        self, product: Product, node: fx.Node, clone: dict[fx.Node, fx.Node], *, in_backward: bool
+        self, product: Product, node: fx.Node, again: Callable[[fx.Node], fx.Node], *, in_backward: bool
     ) -> fx.Node:
-        """The views of a sample, of its clone."""
-        if node in clone:
-            return clone[node]
-        first = node.args[0]
-        if isinstance(first, (list, tuple)):  # several samples, joined
-            parts = [self._replayed(product, one, clone, in_backward=in_backward) for one in first]  # type: ignore[arg-type]
-            args: tuple[Any, ...] = (parts, *node.args[1:])
-        elif isinstance(first, fx.Node) and node.target is not torch.ops.gws.sample_weight.default:
-            args = (self._replayed(product, first, clone, in_backward=in_backward), *node.args[1:])
-        else:
-            return node
+        """What is made of a sample, or of several that are joined, made of others."""
+        if node.target is torch.ops.gws.sample_weight.default:
+            return again(node)
+        before = handed_on(node)
+        sources = [before] if before is not None else node.args[0]
+        assert isinstance(sources, (list, tuple))
+        new = {one: self._replayed(product, one, again, in_backward=in_backward) for one in sources}  # type: ignore[arg-type]
+        args = fx.map_arg(node.args, lambda given: new.get(given, given))
         return self._add(product, node.target, args, in_backward=in_backward)
 
     def _turned(self, product: Product, factor: Factor, settings: ProductSettings) -> bool:
@@ -215,9 +231,7 @@ class _Rounder:
         over_rows = self._over_rows(product, factor)
         if over_rows is None:
             return False
-        # Blocks of one row run along the columns, and the other way round; 0 is a whole side.
-        along_columns = across == 1 or (along == 0 and across != 0)
-        return over_rows == along_columns
+        return over_rows == ((along or math.inf) > (across or math.inf))  # 0 is a whole side
 
     def _over_rows(self, product: Product, factor: Factor) -> bool | None:
         """Whether the product sums over the rows of the weight's matrices."""

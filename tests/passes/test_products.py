@@ -181,6 +181,84 @@ def test_the_order_of_operands_does_not_matter():
     assert torch.equal(dw, rounded(upstream, (1, 32)) @ rounded(x, (1, 32)).t())
 
 
+def grads_of(model, x, upstream, **settings):
+    """Output, gradient of the input and of all parameters."""
+    torch._dynamo.reset()
+    backend = gws_compile.backend(recipe="mxfp8", inner="aot_eager", exclude=(), **settings)
+    y = torch.compile(model, backend=backend)(x)
+    return y, *torch.autograd.grad(y, [x, *model.parameters()], upstream), backend.report()
+
+
+def rounded(value, *, rows=False):
+    return gws_compile.quantize(value.detach(), "fp8_e4m3", (32, 1) if rows else (1, 32), "floor")
+
+
+class Joined(nn.Module):
+    """Three weights that are joined before they are read."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Parameter(torch.randn(32, 64)) for _ in range(3))
+
+    def forward(self, x):
+        return nn.functional.linear(x, torch.cat([self.q, self.k, self.v]))
+
+
+def test_joined_weights_are_turned_alike():
+    model, x, g = Joined(), torch.randn(8, 64, requires_grad=True), torch.randn(8, 96)
+    y, dx, dq, _, dv, report = grads_of(model, x, g)
+    assert torch.equal(y, rounded(x) @ torch.cat([rounded(w) for w in model.parameters()]).t())
+    assert torch.equal(dx, rounded(g) @ torch.cat([rounded(w, rows=True) for w in model.parameters()]))
+    dw = rounded(g, rows=True).t() @ rounded(x, rows=True)
+    assert torch.equal(torch.cat([dq, dv]), torch.cat([dw[:32], dw[64:]]))
+    assert report.unrounded == ()
+
+
+class Scaled(nn.Module):
+    """A weight that is multiplied by a learned number."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.gain = nn.Parameter(torch.randn(32, 64)), nn.Parameter(torch.tensor([1.5]))
+
+    def forward(self, x):
+        return x @ (self.w * self.gain).t()
+
+
+def test_a_weight_that_is_scaled_is_a_weight():
+    model, x, g = Scaled(), torch.randn(8, 64, requires_grad=True), torch.randn(8, 32)
+    y, dx, dw, _, report = grads_of(model, x, g)
+    gain = model.gain.detach()
+    assert torch.equal(y, rounded(x) @ (rounded(model.w) * gain).t())
+    assert torch.equal(dx, rounded(g) @ (rounded(model.w, rows=True) * gain))
+    assert torch.equal(dw, rounded(g, rows=True).t() @ rounded(x, rows=True) * gain)
+    assert {p.kind for p in report.products if not p.reason} == {"forward", "dgrad", "wgrad"}
+
+
+class Folded(nn.Module):
+    """A product that sums over heads, one dim of two that a weight's rows were parted into."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4 * 16, 32))
+
+    def forward(self, x):
+        return torch.einsum("thi,hdi->td", x, self.w.view(4, 16, 32))
+
+
+def test_a_side_that_cannot_be_told_is_said():
+    model, x, g = Folded(), torch.randn(8, 4, 32, requires_grad=True), torch.randn(8, 16)
+    y, *_, report = grads_of(model, x, g)
+    plain = model(x)
+    assert (y - plain).abs().max() < 0.1 * plain.abs().max()
+    for product in report.products:
+        if product.kind in ("forward", "dgrad"):
+            assert product.reason in (
+                "",
+                "it cannot be told which side of its weight it sums over: the weight's blocks are as they were",
+            )
+
+
 def test_operands_can_be_kept_to_some_products():
     """Activations in wgrad alone, as the scaling law was fitted; gradients in dgrad alone."""
     torch._dynamo.reset()

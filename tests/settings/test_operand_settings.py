@@ -97,6 +97,8 @@ def test_bad_operands(settings, message):
         ({"recipe": "exmy", "fmt": "mxfp8"}, r"recipe='exmy': unknown format 'mxfp8'"),
         ({"recipe": "nvfp4", "inner": "eager"}, r"inner='eager' has no graph of the products in which activations and"),
         ({"schedule": "x"}, r"schedule must be a Schedule"),
+        ({"activations": "mxfp8", "block": (32, 1)}, r"block: with activations .* got \(32, 1\); write \(1, 32\)"),
+        ({"recipe": "mxfp8", "rules": [("a", {"block": (64, 32)})]}, r"a=block=64x32: .* got \(64, 32\); write"),
     ],
 )
 def test_bad_settings_of_a_backend(settings, message):
