@@ -34,8 +34,14 @@ def largest_difference(got, wanted):
     return max(((got[name] - wanted[name]).abs().max() / wanted[name].abs().max()).item() for name in wanted)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("make", [gpt2, llama])
+@pytest.mark.parametrize(
+    ("make", "recipe"),
+    [
+        *((llama, name) for name in RECIPES),
+        *((gpt2, name) for name in ("mxfp8", "nvfp4")),
+        *(pytest.param(gpt2, name, marks=pytest.mark.slow) for name in RECIPES if name not in ("mxfp8", "nvfp4")),
+    ],
+)
 def test_language_models(make, recipe):
     """Every operand of every product, in every recipe, stochastic ones with their words: exact but for the order in
     which a transform adds."""

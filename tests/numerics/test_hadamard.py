@@ -50,7 +50,14 @@ def test_products_of_transformed_operands_are_those_of_the_operands(size):
     assert torch.allclose(eye @ eye.t(), torch.eye(size, dtype=torch.float64), atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.float32, marks=pytest.mark.slow),
+        torch.bfloat16,
+        pytest.param(torch.float16, marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_equals_eager(dtype):
     """The C++ kernel, its turned form, the loops by stages (dynamic shapes, strided operands): bit for bit."""
     shapes = (((128, 96), 0, 16), ((2, 64, 64), 1, 32), ((128, 2, 64), 0, 128))
