@@ -8,6 +8,7 @@ where that does not suit, a loop for each of its stages.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ Index = Sequence[Any]
 def lower_hadamard(*arguments: Any) -> Any:
     """The transformed operand, as Inductor's tensor."""
     given = HadamardArguments(*arguments)
+    given = replace(given, x=inductor.stored(given.x))  # each element is read again and again
     x = given.x
-    x.realize()  # each element is read again and again
     if x.get_device().type == "cpu":
         transformed = hadamard_kernel.transform(given)
         return _in_stages(given) if transformed is None else transformed

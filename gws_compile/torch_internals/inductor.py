@@ -45,6 +45,7 @@ _USED = {
     "torch._inductor.virtualized": ("V", "ops"),
     "torch._inductor.ir": (
         "ComputedBuffer",
+        "ExternKernel",
         "FixedLayout",
         "FlexibleLayout",
         "Pointwise",
@@ -258,6 +259,16 @@ def is_contiguous(x: TensorBox) -> bool:
     stride = x.maybe_get_stride()
     wanted = find("torch._inductor.ir", "FlexibleLayout").contiguous_strides(x.get_size())
     return stride is not None and all(n == 1 or s == w for n, s, w in zip(x.get_size(), stride, wanted, strict=True))
+
+
+def stored(x: TensorBox) -> TensorBox:
+    """The tensor as a buffer, or as a view that is one by its strides; copied where it is neither.
+
+    What is computed, and was viewed before it was stored, stays a view by a function of the index without this.
+
+    Relies on ``ir.ExternKernel.realize_input`` and ``ir.TensorBox``. Checked on torch 2.11 to 2.15.
+    """
+    return find("torch._inductor.ir", "TensorBox")(find("torch._inductor.ir", "ExternKernel").realize_input(x))
 
 
 def plain_shape(x: TensorBox) -> list[int] | None:

@@ -81,6 +81,7 @@ PRIVATE_NAMES: Mapping[str, PrivateName] = {
     "torch._inductor.decomposition.select_decomp_table": PrivateName("the products of graphs in reports"),
     "torch._inductor.ir.ComputedBuffer": PrivateName(_LOWERING),
     "torch._inductor.ir.CppTemplateBuffer": PrivateName(_KERNEL),
+    "torch._inductor.ir.ExternKernel": PrivateName(_LOWERING),
     "torch._inductor.ir.FixedLayout": PrivateName(_LOWERING),
     "torch._inductor.ir.FlexibleLayout": PrivateName(_LOWERING),
     "torch._inductor.ir.Pointwise": PrivateName(_LOWERING),

@@ -41,6 +41,10 @@ _CHUNK_COLS = 1024
 _MAX_PART = 1 << 17
 """Elements of a part, at most: 512 KiB of float32."""
 
+_FEW_ROWS = 2
+_COLUMNS_OF_PART = 8
+"""Vectors of columns of a part, at most, where blocks are columns."""
+
 _LARGE_BLOCK_ROWS = 32
 """Rows of a part that lies inside a block, at most."""
 
@@ -149,6 +153,8 @@ def sample(given: SampleArguments, spec: SampleSpec) -> Any:
         return None
     matrices, rows, cols = matrix_shape(shape, batch_dims)
     block = clamped(given.block, rows, cols)
+    if block[1] == 1 and block[0] > 1 and cols % size == 0 and not whole:
+        return _sample_columns(given, spec, shape, (matrices, rows, cols), block[0], size)
     if block[1] % size or cols % size:
         return None
     of_each_block = given.learned is not None and len(given.learned.get_size()) > 0
@@ -182,7 +188,7 @@ def sample(given: SampleArguments, spec: SampleSpec) -> Any:
         },
         shape,
         given.out_dtype or spec.dtype,
-        _template().render,
+        _template("sample_weight.cpp.jinja").render,
         elements=elements,
         of_matrix=of_matrix,
         of_block=of_block,
@@ -201,6 +207,60 @@ def sample(given: SampleArguments, spec: SampleSpec) -> Any:
         whole_rows=whole_rows,
         whole_cols=whole_cols,
         index_offset=index_offset,
+    )
+
+
+def _sample_columns(
+    given: SampleArguments,
+    spec: SampleSpec,
+    shape: Sequence[int],
+    matrices: tuple[int, int, int],
+    block_rows: int,
+    size: int,
+) -> Any:
+    """The same for blocks of one column, as an operand has them that is summed over its rows.
+
+    A vector of columns is a vector of blocks: what blocks have in common is computed in place, and nothing is stored.
+    Else Inductor would schedule and print the loops over the blocks and over the elements, which takes it many times
+    as long as all the rest (in a backward with exact scales ten seconds and more).
+    """
+    if given.learned is not None or given.block_maxima is not None:
+        return None
+    count, rows, cols = matrices
+    panels = -(-rows // block_rows)
+    chunk = _COLUMNS_OF_PART * size
+    constants: dict[str, str] = {}
+    of_matrix, of_block = _of_matrix(spec, constants), _of_block(spec, constants)
+    heights = {min(block_rows, rows), rows % block_rows or min(block_rows, rows)}
+    together = min(_FEW_ROWS, block_rows)
+    elements = [
+        _of_elements(spec, height, constants, by_row=False)
+        for height, needed in ((together, True), (1, any(height % together for height in heights)))
+        if needed
+    ]
+    return cpp_kernel(
+        {
+            "w": given.w,
+            "key": given.key,
+            "clock": given.clock,
+            "matrix_maxima": given.matrix_maxima if spec.block_values else None,
+        },
+        shape,
+        given.out_dtype or spec.dtype,
+        _template("columns.cpp.jinja").render,
+        elements=elements,
+        of_matrix=of_matrix,
+        of_block=of_block,
+        constants=constants,
+        keyed=spec.keyed,
+        clocked=spec.clocked,
+        matrices=count,
+        rows=rows,
+        cols=cols,
+        block_rows=block_rows,
+        panels=panels,
+        chunk=chunk,
+        chunks=-(-cols // chunk),
     )
 
 
@@ -251,11 +311,11 @@ def _of_elements(spec: SampleSpec, rows: int, constants: dict[str, str], *, by_r
 
 
 @cache
-def _template() -> Template:
+def _template(name: str) -> Template:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("sample_weight.cpp.jinja")
+    return environment.get_template(name)
