@@ -36,13 +36,16 @@ CASES = {
     "experts": ((3, 40, 48), F32, {"batch_dims": 1}),
     "convolution": ((20, 16, 3, 3), F32, {"noise": "uniform"}),
     "two batch dims": ((2, 3, 16, 32), F32, {"block": (4, 16), "batch_dims": 2}),
-    "switched off": ((64, 80), F32, {"clock": torch.tensor([7, 0, 0, 0], dtype=torch.int32)}),
+    "switched off": ((64, 80), F32, {"clock": torch.tensor([7, 0, 0, 0, 0], dtype=torch.int32)}),
     "amax": ((256, 256), F32, {"scale": "amax", "block": (128, 128), "out_dtype": BF16}),
     "amax, long rows": ((19, 2208), F32, {"fmt": "e2m1", "bits": 3.0, "scale": "amax", "block": (1, 0)}),
     "amax, a matrix each": ((3, 40, 48), F32, {"scale": "amax", "block": (0, 0), "batch_dims": 1}),
     "int4, groups": ((21, 320), F32, {"fmt": "int4", "bits": 4.0, "scale": "amax", "block": (1, 128)}),
     "int8, rows": ((21, 96), BF16, {"fmt": "int8", "bits": 8.0, "scale": "amax", "block": (1, 0)}),
     "int2, blocks of two rows": ((13, 96), F32, {"fmt": "int2", "noise": "none", "scale": "ceil", "block": (2, 32)}),
+    "blocks of one column": ((67, 96), F32, {"block": (32, 1), "out_dtype": BF16}),
+    "columns": ((35, 160), BF16, {"scale": "amax", "block": (0, 1), "noise": "uniform", "bits": 4.5}),
+    "blocks of one column of experts": ((3, 20, 32), F32, {"block": (16, 1), "batch_dims": 1, "noise": "none"}),
     "blocks of four rows, a width from the clock": (
         (29, 96), BF16, {"bits": None, "clock": clock_of_width(3.7), "block": (4, 48), "out_dtype": F32},
     ),
@@ -51,6 +54,7 @@ CASES = {
 NVFP4 = {"fmt": "e2m1", "bits": 3.0, "scale": "nvfp4"}
 WITH_MAXIMA = {
     "nvfp4": ((101, 80), F32, {**NVFP4, "block": (16, 16)}),
+    "nvfp4, one column": ((101, 80), BF16, {**NVFP4, "block": (16, 1)}),
     "nvfp4, rows": ((101, 80), BF16, {**NVFP4, "block": (1, 16), "noise": "none", "out_dtype": F32}),
     "nvfp4, experts": (
         (3, 40, 48), F32,

@@ -216,7 +216,7 @@ EXACT = {
     "nvfp4, experts": sample_call(randn(3, 32, 48), "e2m1", scale="nvfp4", block=(16, 16), batch_dims=1),
     "int4, groups": sample_call(randn(12, 160), "int4", scale="amax", block=(1, 64)),
 }
-MOVED_CLOCK = torch.cat([ON[:3], torch.tensor([2.0**-2.7]).view(torch.int32)])
+MOVED_CLOCK = torch.cat([ON[:3], torch.tensor([2.0**-2.7]).view(torch.int32), ON[4:]])
 MOVED = {"amax, a width from the clock": Call(moved_width, (randn(40, 70), MOVED_CLOCK))}
 MAXIMA = {
     "maxima of blocks": Call(weight_maximum, (all_kinds_of_blocks(), (16, 32), 0, False)),

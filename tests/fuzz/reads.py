@@ -162,7 +162,7 @@ class Reads:
         fmt = gws_compile.FloatFormat.parse(settings.fmt or learned.widest)
         spec = SampleSpec(fmt, settings.noise, fmt.noise_bits, settings.scale, learned.rule, w.dtype)  # type: ignore[arg-type]
         key = torch.tensor(key_words(settings.seed, self.unique(name)), dtype=torch.int32)
-        clock = torch.tensor([self.draws.step, -1, 0, 0], dtype=torch.int32)
+        clock = torch.tensor([self.draws.step, -1, 0, 0, 0], dtype=torch.int32)
         value = sample_eager(w, spec, int(w.ndim == 3), settings.block, key, clock, parameter)
         if not widths.is_sample(settings, learned, value, w, parameter, self._r(name, w.shape, self.draws.step)):
             raise AssertionError(f"the eager kernel's sample of {name} is not what the equation says")

@@ -29,7 +29,7 @@ KEY = torch.tensor(key_words(0, "w"), dtype=torch.int32)
 
 
 def sample(
-    w, parameter, rule, *, fmt="bf16", noise="none", clock=(0, 0, 0, 0), block=(32, 32), scale="floor", batch_dims=0
+    w, parameter, rule, *, fmt="bf16", noise="none", clock=(0, 0, 0, 0, 0), block=(32, 32), scale="floor", batch_dims=0
 ):
     key = None if noise == "none" else KEY
     clock = None if noise == "none" else torch.tensor(clock, dtype=torch.int32)
@@ -170,7 +170,7 @@ def test_gradient_is_the_equation(noise, granularity):
     rule = LearnedBits(init=5.5, target=4.25).rule
 
     def run(weights, parameters):
-        clock = torch.tensor([9, -1, 0, 0], dtype=torch.int32)
+        clock = torch.tensor([9, -1, 0, 0, 0], dtype=torch.int32)
         return [
             torch.ops.gws.sample_weight(
                 w,

@@ -60,7 +60,7 @@ def cut(w, offset, local):
 
 def clock_of_width(bits):
     """`CLOCK` of a schedule that is at this width."""
-    return torch.cat([CLOCK[:3], torch.tensor([2.0 ** (1.0 - bits)]).view(torch.int32)])
+    return torch.cat([CLOCK[:3], torch.tensor([2.0 ** (1.0 - bits)]).view(torch.int32), CLOCK[4:]])
 
 
 def maximum(w, *, batch_dims=0, block=(0, 0), finite=False):
