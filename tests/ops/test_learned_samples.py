@@ -114,7 +114,10 @@ def test_compiled_equals_eager(noise):
         )
 
     compiled = torch.compile(run, fullgraph=True)
-    clocks = [torch.tensor(c, dtype=torch.int32) for c in ((3, -1, 0, 0), (3, 0, 0, 0), (3, -1, -1, 0), (4, 0, -1, 0))]
+    clocks = [
+        torch.tensor(c, dtype=torch.int32)
+        for c in ((3, -1, 0, 0, 0), (3, 0, 0, 0, 0), (3, -1, -1, 0, 0), (4, 0, -1, 0, 0))
+    ]
     drawn, plain, frozen, frozen_plain = (compiled(w, parameter, c) for c in clocks)
     for got, clock in zip((drawn, plain, frozen, frozen_plain), clocks, strict=True):
         assert_bits_equal(got, run(w, parameter, clock))
@@ -225,7 +228,7 @@ def test_gradient_is_that_of_the_expected_loss():
     def mean_loss(parameter):
         total = torch.zeros((), dtype=torch.float64)
         for step in range(24):
-            used = sample(w, parameter, rule, fmt="e8m22", noise="rounded_normal", clock=(step, -1, 0, 0))
+            used = sample(w, parameter, rule, fmt="e8m22", noise="rounded_normal", clock=(step, -1, 0, 0, 0))
             total = total + ((used - target) ** 2).double().sum() / 24
         return total
 
@@ -243,7 +246,7 @@ def test_one_fused_reduction():
     w, b = torch.randn(256, 256, requires_grad=True), torch.ones(8, 8, requires_grad=True)
 
     def run(w, b):
-        return sample(w, b, RULE, noise="rounded_normal", clock=(1, -1, 0, 0)).square()
+        return sample(w, b, RULE, noise="rounded_normal", clock=(1, -1, 0, 0, 0)).square()
 
     _, codes = run_and_get_code(lambda: torch.compile(run, fullgraph=True)(w, b).sum().backward())
     backward = codes[-1]
