@@ -6,7 +6,7 @@ library, byte by byte. The held-out losses are printed, and the curves plotted.
 
     python examples/try_recipes.py                                        # about 6 minutes on two CPU cores
     python examples/try_recipes.py --recipes nvfp4 mxfp4 --steps 600 --keep-ends
-    python examples/try_recipes.py --recipes nvfp4 --forward-until 250    # the forward in high precision from there on
+    python examples/try_recipes.py --recipes nvfp4 --forward-until 150    # the forward in high precision from there on
 
 Needs ``pip install "gws-compile[examples]"``.
 """
@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import gws_compile
 
-SIZE = replace(SIZES["tiny"], layers=4, width=128)
+SIZE = replace(SIZES["tiny"], layers=4, width=128, batch=8)
 HELD_OUT_BATCHES = 8
 RECIPES = ("mxfp8", "fp8_block", "fp8_tensor", "mxfp4", "nvfp4")
 
@@ -82,7 +82,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--recipes", nargs="+", choices=gws_compile.RECIPES, default=list(RECIPES), help="(default: five of them)")
     add("--fmt", default="e3m2", help="element format of the recipe exmy (default: %(default)s)")
-    add("--steps", type=int, default=400, help="(default: %(default)s)")
+    add("--steps", type=int, default=200, help="(default: %(default)s)")
     add("--keep-ends", action="store_true", help="leave the first and the last block in high precision")
     add("--forward-until", type=int, metavar="STEP", help="the forward is in high precision from this step on")
     add("--inner", choices=("inductor", "aot_eager"), default="inductor", help="(default: %(default)s)")

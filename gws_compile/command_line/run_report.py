@@ -95,7 +95,8 @@ class RunReport:
     def _tell(self, file: Path | None) -> None:
         reports = [backend.report() for backend in self._backends()]
         records = [record for one in reports for record in without_updates(one)]
-        report = Report(records, next((r.bits for r in reports if r.bits), None))
+        products = [product for one in reports for product in one.products]
+        report = Report(records, next((r.bits for r in reports if r.bits), None), products=products)
         plain = self._watch.told()
         header = f"gws run: {self.header()}"
         if not report.rewritten:
@@ -124,6 +125,7 @@ class RunReport:
                 "header": self.header(),
                 "calls": self.calls.to_dict(),
                 "weights": json.loads(report.to_json()),
+                "products": report.to_dict()["products"],
                 "plain_steps": plain,
             }
             file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -174,3 +174,17 @@ def test_functions_over_parameters_are_no_rows(capsys):
     report_of(TAKEN).finish()
     rows = [line.split()[0] for line in capsys.readouterr().err.splitlines() if "40" in line.split()[:5]]
     assert rows == ["weight", "w"]
+
+
+def test_products_of_a_recipe(tmp_path, capsys):
+    """In the text, and in the file for programs."""
+    forget_named_backends()
+    backend = gws_compile.named_backend(recipe="mxfp8", inner="aot_eager", exclude=())
+    torch._dynamo.reset()
+    torch.compile(nn.Sequential(nn.Linear(32, 8)), backend=backend)(torch.ones(4, 32)).sum().backward()
+    report_of(TAKEN).finish()
+    assert "forward          1  activation fp8_e4m3, 1 x 32, floor" in capsys.readouterr().err
+    file = tmp_path / "report.json"
+    report_of(TAKEN, file=str(file)).finish()
+    products = json.loads(file.read_text())["products"]
+    assert [(one["kind"], one["weight"]) for one in products] == [("forward", "0.weight"), ("wgrad", "0.weight")]
