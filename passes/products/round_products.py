@@ -215,7 +215,7 @@ class _Rounder:
         before = handed_on(node)
         sources = [before] if before is not None else node.args[0]
         assert isinstance(sources, (list, tuple))
-        new = {one: self._replayed(product, one, again, in_backward=in_backward) for one in sources}  # type: ignore[arg-type]
+        new = {one: self._replayed(product, one, again, in_backward=in_backward) for one in sources}
         args = fx.map_arg(node.args, lambda given: new.get(given, given))
         return self._add(product, node.target, args, in_backward=in_backward)
 
