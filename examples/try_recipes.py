@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -49,7 +50,7 @@ def compilers(parsed: argparse.Namespace, model: torch.nn.Module) -> Iterator[tu
 
 
 def train(name: str, compiler: Any, text: Text, steps: int) -> tuple[Curve, float]:
-    """One run: its losses, and the seconds that a step took."""
+    """One run: its losses, and the median seconds of a step."""
     torch._dynamo.reset()  # the runs compile the same code
     torch.manual_seed(0)
     model = build_model("llama", SIZE, SIZE.seq)
@@ -57,9 +58,10 @@ def train(name: str, compiler: Any, text: Text, steps: int) -> tuple[Curve, floa
     optimizer = adamw(model, SIZE.lr)
     schedule = learning_rate_schedule(optimizer, steps)
     held_out = text.held_out_batches(SIZE.batch, SIZE.seq, limit=HELD_OUT_BATCHES)
-    losses, evaluated, begun = [], [], time.perf_counter()
+    losses, evaluated, seconds = [], [], []
     bar = tqdm(range(1, steps + 1), desc=name, mininterval=seconds_between_lines())
     for step, tokens in zip(bar, text.batches(SIZE.batch, SIZE.seq, seed=0), strict=False):
+        begun = time.perf_counter()
         loss = compiled(input_ids=tokens, labels=tokens).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -67,13 +69,12 @@ def train(name: str, compiler: Any, text: Text, steps: int) -> tuple[Curve, floa
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        if step == 1:
-            begun = time.perf_counter()  # behind the compilation
+        seconds.append(time.perf_counter() - begun)
         if step in (steps // 2, steps):
             with torch.no_grad():
                 found = [compiled(input_ids=tokens, labels=tokens).loss.item() for tokens in held_out]
             evaluated.append((step, sum(found) / len(found)))
-    return Curve(name, losses, evaluated), (time.perf_counter() - begun) / max(steps - 1, 1)
+    return Curve(name, losses, evaluated), statistics.median(seconds)  # the first step compiles
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

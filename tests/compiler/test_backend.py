@@ -232,7 +232,15 @@ def test_state():
     backend = gws_compile.backend("fp6_e3m2", seed=3)
     backend.step()
     state = backend.state_dict()
-    assert state == {"seed": 3, "fmt": "e3m2", "step": 1, "weights": [], "settings": [], "rules": []}
+    assert state == {
+        "seed": 3,
+        "fmt": "e3m2",
+        "step": 1,
+        "weights": [],
+        "settings": [],
+        "rules": [],
+        "operands": ["", "", ""],
+    }
     other = gws_compile.backend("fp6_e3m2", seed=3, inner="eager")
     other.load_state_dict(state)
     model = linear()

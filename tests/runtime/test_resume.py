@@ -89,6 +89,7 @@ def test_what_a_state_holds(state):
         "weights": [["fc.weight", [40, 40]]],
         "settings": [["fc.weight", "e3m2 32x32 floor"]],
         "rules": [],
+        "operands": ["", "", ""],
     }
     buffer = io.BytesIO()
     torch.save(state, buffer)
