@@ -76,6 +76,7 @@ def test_a_second_process_hits_both(process, cold):
     assert warm["used"] == cold["used"]
 
 
+@pytest.mark.slow
 def test_another_seed_hits_and_draws_otherwise(process, cold):
     """Keys are inputs: the code is the same, the noise is not."""
     other = process(fmt="fp6_e3m2", seed=1)
@@ -92,7 +93,7 @@ def test_another_seed_hits_and_draws_otherwise(process, cold):
         pytest.param({"bits": 4.5}, marks=pytest.mark.slow),
         # The marks of what backward computes again are no part of a cache's key.
         pytest.param({"backward": "recompute"}, marks=pytest.mark.slow),
-        {"stale": True},
+        pytest.param({"stale": True}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -246,6 +246,7 @@ def test_report_settings_and_left_alone(folder):
     assert "GwsWarning: torch.compile of Net at" in done.stderr
 
 
+@pytest.mark.slow
 def test_spawned_processes(folder):
     """DataLoader workers import the script again; training in a spawned or forked process takes the backend too."""
     path = write(

@@ -90,7 +90,7 @@ def six(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "end", ["exit", "sigterm", *(pytest.param(end, marks=pytest.mark.slow) for end in ("error", "spawn", "fork"))]
+    "end", ["exit", *(pytest.param(end, marks=pytest.mark.slow) for end in ("sigterm", "error", "spawn", "fork"))]
 )
 def test_two_runs_draw_what_one_draws(end, run, six, tmp_path):
     """However the first ends, and in whichever process of it the training is."""
@@ -101,6 +101,7 @@ def test_two_runs_draw_what_one_draws(end, run, six, tmp_path):
     assert first.stdout.split() + second.stdout.split() == six[:5]
 
 
+@pytest.mark.slow
 def test_all_ranks_read_what_the_first_writes(run, six):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for expected in (six[:2], six[2:4]):

@@ -108,6 +108,7 @@ def test_an_error_of_the_writing_rank_reaches_all(tmp_path):
     assert left == []
 
 
+@pytest.mark.slow
 def test_a_place_that_is_taken_is_said_on_all_ranks(tmp_path):
     (first, _), (second, _) = run_ranks(sharded, args=(str(tmp_path), "mxfp8", "taken"))
     assert first.startswith("FileExistsError:")
@@ -128,6 +129,7 @@ def data_parallel(rank: int, folder: str) -> tuple[list[str], int]:
     return [weight.name for weight in report.packed], len(list(Path(folder).iterdir()))
 
 
+@pytest.mark.slow
 def test_rank_0_writes_what_is_not_sharded(tmp_path):
     (first, there), (second, _) = run_ranks(data_parallel, args=(str(tmp_path),))
     assert first == second == ["first.up.weight", "first.down.weight", "second.up.weight", "second.down.weight"]

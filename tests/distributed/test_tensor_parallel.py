@@ -189,6 +189,7 @@ def train_2d(rank):
     return losses, state, nothing_on_a_rank(init_device_mesh("cpu", (4,)))
 
 
+@pytest.mark.slow
 def test_with_fsdp_on_four_ranks():
     ranks = run_ranks(train_2d, world=4)
     model, batches = model_and_batches()

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 experiment = importlib.import_module("bit_experiment")
 
 
+@pytest.mark.slow
 def test_a_run_of_each_kind(tmp_path):
     out = tmp_path / "bits.json"
     options = ["--steps=2", "--batch=2", "--seq=16", "--seeds=1", "--inner=eager", f"--data={__file__}", f"--out={out}"]
