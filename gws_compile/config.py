@@ -292,7 +292,6 @@ class Config:
         made = as_recipe(recipe, fmt)
         given = _given(made, fmt, noise, bits, block, scale)
         if made is not None:
-            rules = (*_listed(rules), *made.rules)
             activations = made.activations if activations is None else activations
             gradients = made.gradients if gradients is None else gradients
             attention = made.attention if attention is None else attention
@@ -313,7 +312,10 @@ class Config:
         check_role("gradients", gradients, ("dgrad", "wgrad"))
         config = Config(
             weights=weights,
-            rules=make_rules(rules, given, scheduled=scheduled),
+            rules=(
+                *make_rules(rules, given, scheduled=scheduled),
+                *make_rules(() if made is None else made.rules, given, scheduled=scheduled),
+            ),
             schedule=schedule,
             activations=activations,
             gradients=gradients,
@@ -448,10 +450,6 @@ def _kept(of_recipe: dict[str, Any], fmt: str | ElementFormat) -> tuple[str, ...
         return ("block", "scale", "bits") if of_recipe.get("fmt") == read_format(fmt)[0] else ()
     except ValueError:
         return ()
-
-
-def _listed(rules: Iterable[RuleLike]) -> tuple[RuleLike, ...]:
-    return tuple(rules) if isinstance(rules, (list, tuple)) else rules  # type: ignore[return-value]
 
 
 def _check_operands(config: Config) -> None:

@@ -1,5 +1,7 @@
 """The named recipes: each is what its source says."""
 
+import re
+
 import pytest
 
 import gws_compile
@@ -30,3 +32,10 @@ def test_a_recipe_by_its_name(name):
     assert config.noise == "none"
     assert config.attention is None
     assert config.texts()["recipe"] == name
+
+
+@pytest.mark.parametrize("rules", ["a.*=nvfp4", {"a.*": "nvfp4"}, 5])
+def test_bad_rules_beside_a_recipe_are_named_as_they_were_given(rules):
+    message = r"rules must be a list of \(glob, settings\), such as .*, got " + re.escape(repr(rules))
+    with pytest.raises(ValueError, match=message):
+        gws_compile.backend(recipe="mxfp8", rules=rules)
