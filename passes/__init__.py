@@ -5,7 +5,7 @@
     insert_samples  puts ``gws::sample_weight`` between a weight and its reads         new nodes, new inputs
     fold_casts      has a sample come in the dtype that its reads convert it to        the samples' arguments
     mark_recompute  marks the samples that backward is to draw again                   the samples' metadata
-    round_attention takes attention apart and rounds what it multiplies          new nodes
+    round_attention takes attention apart and rounds what it multiplies                new nodes, a clock
 
 What weights are multiplied with is rounded later, forward and backward, in AOTAutograd's graph: `passes.products`.
 

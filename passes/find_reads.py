@@ -99,7 +99,7 @@ def _note_uses(weight: Weight, place: Place, constants: set[fx.Node]) -> None:
             dims = way.batch_dims if op in operations.CONVOLUTIONS else len(weight.shape) - 2
             gradients = not way.ends.isdisjoint(GRADIENTS)
             over_rows = read_sums_over_rows(example_value(weight.node), dims, node, way.place.node)
-            weight.reads.append(Read(node, op, dims, _location(node), gradients, sums_over_rows=over_rows))
+            weight.reads.append(Read(node, op, dims, source_of(node).place, gradients, sums_over_rows=over_rows))
         elif step.kind == "in_place" or operations.is_in_place(node, way.place.node):  # a product may write it too
             _note_written(weight, way, constants)
         elif step.kind == "embedding":
@@ -150,7 +150,7 @@ def _note_written(weight: Weight, way: _Way, constants: set[fx.Node]) -> None:
     reader = (
         operations.name_of(read) if read is not None else reader_of(way.place.module, node, constants, anywhere=True)
     )
-    weight.other_uses.append(Use(operations.name_of(node), _location(node), "plain", reader))
+    weight.other_uses.append(Use(operations.name_of(node), source_of(node).place, "plain", reader))
 
 
 def _computes(module: fx.GraphModule, node: fx.Node, constants: set[fx.Node]) -> bool:
@@ -163,9 +163,9 @@ def _other_use(module: fx.GraphModule, node: fx.Node, value: fx.Node, constants:
     name = operations.name_of(node)
     if name in operations.READS:
         reader = reader_of(module, node, constants, anywhere=False)
-        return Use(name, _location(node), "plain", reader, operations.operand_name(node, value))
+        return Use(name, source_of(node).place, "plain", reader, operations.operand_name(node, value))
     if operations.is_number_of(node, value):
-        return Use(name, _location(node), "plain")
+        return Use(name, source_of(node).place, "plain")
     kind: Literal["plain", "nested", "storage", "unknown"] = "unknown"
     if is_higher_order(node):
         kind = "nested"
@@ -176,8 +176,4 @@ def _other_use(module: fx.GraphModule, node: fx.Node, value: fx.Node, constants:
     # What it writes the weight into may be read under that node's own name.
     made = [node, *filter(None, (operations.written_by(node),))]
     readers = (reader_of(module, one, constants, anywhere=True) for one in made)
-    return Use(name, _location(node), kind, next(filter(None, readers), ""))
-
-
-def _location(node: fx.Node) -> str:
-    return source_of(node).location.rpartition(" in ")[0]
+    return Use(name, source_of(node).place, kind, next(filter(None, readers), ""))

@@ -10,6 +10,7 @@ from torch import fx
 from gws_compile.torch_internals.graphs import example_value
 
 from . import operations
+from .einsum import einsum_of_two
 from .operands import operands
 
 _FIRST = frozenset("self mat1 batch1 a mat_a input".split())
@@ -68,10 +69,8 @@ def read_sums_over_rows(weight: Any, batch_dims: int, node: fx.Node, operand: fx
 
 def _einsum_dim(node: fx.Node, operand: fx.Node) -> int | None:
     """The dim of an operand of two that an einsum sums over, if it is one."""
-    flat = [one for arg in node.args for one in (arg if isinstance(arg, (list, tuple)) else (arg,))]
-    if len(flat) != 3 or not isinstance(flat[0], str) or "..." in flat[0]:
+    einsum = einsum_of_two(node)
+    if einsum is None or len(einsum.summed) != 1:
         return None
-    inputs, _, output = flat[0].replace(" ", "").partition("->")
-    mine, other = inputs.split(",") if flat[1] is operand else reversed(inputs.split(","))
-    summed = [i for i, letter in enumerate(mine) if letter in other and letter not in output]
-    return summed[0] - len(mine) if len(summed) == 1 else None
+    mine = einsum.letters[0 if einsum.values[0] is operand else 1]
+    return mine.index(einsum.summed) - len(mine)

@@ -29,6 +29,11 @@ class Source:
         """``file:line in function``; empty where unknown."""
         return self.stack[-1] if self.stack else ""
 
+    @property
+    def place(self) -> str:
+        """``file:line``; empty where unknown."""
+        return self.location.rpartition(" in ")[0]
+
 
 def source_of(node: fx.Node) -> Source:
     """Where Dynamo met a node; torch's own frames are not in the stack that it records.

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from gws_compile.passes import operations
+from gws_compile.passes.einsum import einsum_of_two
 from gws_compile.passes.operands import operands
 from torch import fx
 
@@ -135,19 +136,14 @@ def _two_operands(node: fx.Node) -> tuple[Multiplied, Multiplied] | None:
 
 
 def _of_einsum(node: fx.Node) -> tuple[Multiplied, Multiplied] | None:
-    flat = [one for arg in node.args for one in (arg if isinstance(arg, (list, tuple)) else (arg,))]
-    if len(flat) != 3 or not isinstance(flat[0], str) or "." in flat[0] or "->" not in flat[0]:
-        return None
-    inputs, _, output = flat[0].replace(" ", "").partition("->")
-    letters = inputs.split(",")
-    summed = [one for one in letters[0] if one in letters[1] and one not in output]
-    if len(letters) != 2 or len(summed) != 1:
+    einsum = einsum_of_two(node)
+    if einsum is None or not einsum.output or len(einsum.summed) != 1:
         return None
     found = []
-    for text, value in zip(letters, flat[1:], strict=True):
+    for text, value in zip(einsum.letters, einsum.values, strict=True):
         if not isinstance(value, fx.Node):
             return None
-        at = text.index(summed[0])
+        at = text.index(einsum.summed)
         last = at == len(text) - 1
         others_between = not last and at != len(text) - 2
         found.append(Multiplied(node, value, len(text) - 2 if last else at, not last, others_between))

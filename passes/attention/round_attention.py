@@ -75,10 +75,13 @@ class _Rounder:
 
     def left(self, node: fx.Node, reason: str) -> None:
         """Note attention that stays as it is."""
-        self.rewrite.attention.append(AttentionUse(operations.name_of(node), _location(node), "", reason))
+        self._note(node, "", reason)
 
     def _done(self, node: fx.Node) -> None:
-        self.rewrite.attention.append(AttentionUse(operations.name_of(node), _location(node), self.settings.text, ""))
+        self._note(node, self.settings.text, "")
+
+    def _note(self, node: fx.Node, rounded: str, reason: str) -> None:
+        self.rewrite.attention.append(AttentionUse(operations.name_of(node), source_of(node).place, rounded, reason))
 
     def _builder(self, node: fx.Node, example: torch.Tensor) -> Builder:
         clock = None if self.clocks is None else self.clocks.in_front_of(self.module, node, example)
@@ -162,7 +165,3 @@ class _Rounder:
                 build.finish()
             one.node.replace_input_with(one.value, rounded.node)
         self._done(found.softmax)
-
-
-def _location(node: fx.Node) -> str:
-    return source_of(node).location.rpartition(" in ")[0]

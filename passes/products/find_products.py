@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -190,7 +190,7 @@ class _Finder:
         else:
             reason = "a product of two gradients"
         sample = weights[0] if kind in ("forward", "dgrad") else None
-        return Product(node, name_of(node), _location(node), kind, factors, sample, reason)
+        return Product(node, name_of(node), source_of(node).place, kind, factors, sample, reason)
 
     def _convolution(self, node: fx.Node) -> Product:
         about = convolutions.convolution_of(node, backward=False)
@@ -204,28 +204,22 @@ class _Finder:
         if not isinstance(given, fx.Node) or self.role(given) != "weight":
             yield _left(node, _NOBODYS)
             return
-        sample = self.origin(given)
         gradient, x = node.args[convolutions.GRADIENT], node.args[convolutions.INPUT]
         assert isinstance(gradient, fx.Node)
         assert isinstance(x, fx.Node)
-        parts = convolutions.split_backward(node)
-        for part in parts.values():
-            self._gradients.add(part)
-        if "dgrad" in parts:
-            factors = (
+        factors = {
+            "dgrad": (
                 Factor(Operand(convolutions.GRADIENT, 1, True), "gradient", gradient),
                 Factor(Operand(convolutions.WEIGHT, 0, not about.transposed), "weight", given),
-            )
-            part = parts["dgrad"]
-            yield _refused(Product(part, name_of(part), _location(part), "dgrad", factors, sample), about)
-        if "wgrad" in parts:
+            ),
             # Over batch and places, the columns of what has the channels in front.
-            factors = (
+            "wgrad": (
                 Factor(Operand(convolutions.GRADIENT, 0, False), "gradient", gradient),
                 Factor(Operand(convolutions.INPUT, 0, False), "activation", x),
-            )
-            part = parts["wgrad"]
-            yield _refused(Product(part, name_of(part), _location(part), "wgrad", factors, sample), about)
+            ),
+        }
+        for product in self._of_parts(convolutions.split_backward(node), factors, self.origin(given)):
+            yield _refused(product, about)
 
     def _experts_backward(self, node: fx.Node) -> Iterator[Product]:
         given = [node.args[i] for i in (grouped_fallback.INPUT, grouped_fallback.WEIGHT, grouped_fallback.GRADIENT)]
@@ -233,9 +227,6 @@ class _Finder:
         if self.role(weight) != "weight":
             yield _left(node, _NOBODYS)
             return
-        sample = self.origin(weight)
-        parts = grouped_fallback.split_backward(node)
-        self._gradients.update(parts.values())
         at_gradient, at_input = grouped_fallback.GRADIENT, grouped_fallback.INPUT
         factors = {
             "dgrad": (
@@ -247,11 +238,18 @@ class _Finder:
                 Factor(Operand(at_input, 0, True, ragged=True), "activation", x),
             ),
         }
+        yield from self._of_parts(grouped_fallback.split_backward(node), factors, self.origin(weight))
+
+    def _of_parts(
+        self, parts: Mapping[str, fx.Node], factors: Mapping[str, tuple[Factor, ...]], sample: fx.Node
+    ) -> Iterator[Product]:
+        """The products of a backward that is taken apart, by their kinds."""
+        self._gradients.update(parts.values())
         kinds: tuple[Kind, ...] = ("dgrad", "wgrad")
         for kind in kinds:
             if kind in parts:
                 part = parts[kind]
-                yield Product(part, name_of(part), _location(part), kind, factors[kind], sample)
+                yield Product(part, name_of(part), source_of(part).place, kind, factors[kind], sample)
 
     def with_weight(self, product: Product, products: list[Product]) -> Product:
         """The product with its weight, where it is one of gradient and activation of which that is to be found out."""
@@ -279,14 +277,10 @@ def _depending(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _left(node: fx.Node, reason: str) -> Product:
-    return Product(node, name_of(node), _location(node), "", (), None, reason)
+    return Product(node, name_of(node), source_of(node).place, "", (), None, reason)
 
 
 def _refused(product: Product, about: convolutions.Convolution) -> Product:
     if about.of_window_alone and product.kind:
         return replace(product, reason="a depthwise convolution sums over its window alone")
     return product
-
-
-def _location(node: fx.Node) -> str:
-    return source_of(node).location.rpartition(" in ")[0]
