@@ -51,8 +51,7 @@ def transform_group(p: Primitives, elements: Sequence[Value], dtype: torch.dtype
             low, high = terms[first], terms[second]
             terms[first], terms[second] = p.fadd(low, high), p.fsub(low, high)
         half *= 2
-    scale = nearest_float32(1 / math.sqrt(size))
-    return [round_to_dtype(p, p.fmul(term, scale), dtype) for term in terms]
+    return [_scaled(p, term, size, dtype) for term in terms]
 
 
 def transform_stage(
@@ -66,11 +65,8 @@ def transform_stage(
         flip: int32, the sign bit where the element is the upper one; else 0.
         last: size of a group and dtype of the operand, behind the last stage; else None.
     """
-    term = p.fadd(load(0), p.bits_float(p.ixor(p.float_bits(load(1)), flip)))
-    if last is None:
-        return term
-    size, dtype = last
-    return round_to_dtype(p, p.fmul(term, nearest_float32(1 / math.sqrt(size))), dtype)
+    term = p.fadd(load(0), _flipped(p, load(1), flip))
+    return term if last is None else _scaled(p, term, *last)
 
 
 def transform(
@@ -88,15 +84,21 @@ def transform(
     Returns:
         float32, a value of the dtype.
     """
-    terms = [
-        load(i) if sign > 0 else p.bits_float(p.ixor(p.float_bits(load(i)), SIGN)) for i, sign in enumerate(signs(size))
-    ]
+    terms = [load(i) if sign > 0 else _flipped(p, load(i), SIGN) for i, sign in enumerate(signs(size))]
     bit = 0
     while len(terms) > 1:
-        flipped = flip(bit)
-        terms = [
-            p.fadd(first, p.bits_float(p.ixor(p.float_bits(second), flipped)))
-            for first, second in zip(terms[::2], terms[1::2], strict=True)
-        ]
+        sign_bit = flip(bit)
+        pairs = zip(terms[::2], terms[1::2], strict=True)
+        terms = [p.fadd(first, _flipped(p, second, sign_bit)) for first, second in pairs]
         bit += 1
-    return round_to_dtype(p, p.fmul(terms[0], nearest_float32(1 / math.sqrt(size))), dtype)
+    return _scaled(p, terms[0], size, dtype)
+
+
+def _flipped(p: Primitives, x: Value, sign_bit: Value) -> Value:
+    """The value with its sign turned where the bit is set."""
+    return p.bits_float(p.ixor(p.float_bits(x), sign_bit))
+
+
+def _scaled(p: Primitives, total: Value, size: int, dtype: torch.dtype) -> Value:
+    """What a sum over a group becomes."""
+    return round_to_dtype(p, p.fmul(total, nearest_float32(1 / math.sqrt(size))), dtype)

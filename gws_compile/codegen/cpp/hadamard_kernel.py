@@ -6,11 +6,7 @@ a vector of rows at a time, through a small buffer. The arithmetic is that of `g
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from ...numerics.blocks import matrix_shape
 from ...numerics.hadamard import transform_group
@@ -18,6 +14,7 @@ from ...ops.sample_arguments import HadamardArguments
 from ...torch_internals import inductor
 from ...torch_internals.cpp_template import cpp_kernel, cpp_vector_size
 from .primitives import CppPrimitives
+from .templates import template
 
 
 def transform(given: HadamardArguments) -> Any:
@@ -34,7 +31,7 @@ def transform(given: HadamardArguments) -> Any:
         {"x": x},
         shape,
         x.get_dtype(),
-        _template().render,
+        template("hadamard.cpp.jinja").render,
         statements=p.statements,
         results=[variable for (variable,) in results],
         constants=constants,
@@ -44,14 +41,3 @@ def transform(given: HadamardArguments) -> Any:
         rows=rows,
         cols=cols,
     )
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("hadamard.cpp.jinja")

@@ -14,12 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from ...numerics.blocks import clamped, matrix_shape
 from ...numerics.spec import SampleSpec
@@ -28,6 +25,7 @@ from ...torch_internals import inductor
 from ...torch_internals.cpp_template import cpp_kernel, cpp_vector_size
 from ..element_loops import ElementLoops
 from .primitives import CppPrimitives
+from .templates import template
 
 _TYPES = {torch.float32: "Floats", torch.int32: "Ints"}
 """dtype of a value -> the C++ type of a vector of such."""
@@ -42,6 +40,8 @@ _MAX_PART = 1 << 17
 """Elements of a part, at most: 512 KiB of float32."""
 
 _FEW_ROWS = 2
+"""The same where blocks are columns, whose rows share what they have in common."""
+
 _COLUMNS_OF_PART = 8
 """Vectors of columns of a part, at most, where blocks are columns."""
 
@@ -165,36 +165,15 @@ def sample(given: SampleArguments, spec: SampleSpec) -> Any:
     if parts.given and maxima is None and spec.block_values:
         maxima = ElementLoops(w, batch_dims, given.block).maximum_bits()
     constants: dict[str, str] = {}
-    of_matrix = _of_matrix(spec, constants)
-    of_block = _of_block(spec, constants)
-    heights = {min(parts.rows, rows), rows % parts.rows or min(parts.rows, rows)}
-    elements = [
-        _of_elements(spec, count, constants, by_row=parts.blocks_down > 1)
-        for count, needed in (
-            (_ROWS, any(height >= _ROWS for height in heights)),
-            (1, any(height % _ROWS for height in heights)),
-        )
-        if needed
-    ]
     whole_rows, whole_cols, index_offset = _in_whole(shape, batch_dims, *given.part)
-    return cpp_kernel(
-        {
-            "w": w,
-            "key": given.key,
-            "clock": given.clock,
-            "learned_ptr": given.learned,
-            "block_maxima": maxima if spec.block_values else None,
-            "matrix_maxima": given.matrix_maxima if spec.block_values else None,
-        },
+    return _kernel(
+        given,
+        spec,
         shape,
-        given.out_dtype or spec.dtype,
-        _template("sample_weight.cpp.jinja").render,
-        elements=elements,
-        of_matrix=of_matrix,
-        of_block=of_block,
-        constants=constants,
-        keyed=spec.keyed,
-        clocked=spec.clocked,
+        "sample_weight.cpp.jinja",
+        constants,
+        maxima=maxima,
+        elements=_of_part(spec, _ROWS, parts.rows, rows, constants, by_row=parts.blocks_down > 1),
         matrices=matrices,
         rows=rows,
         cols=cols,
@@ -227,40 +206,55 @@ def _sample_columns(
     if given.learned is not None or given.block_maxima is not None:
         return None
     count, rows, cols = matrices
-    panels = -(-rows // block_rows)
     chunk = _COLUMNS_OF_PART * size
     constants: dict[str, str] = {}
-    of_matrix, of_block = _of_matrix(spec, constants), _of_block(spec, constants)
-    heights = {min(block_rows, rows), rows % block_rows or min(block_rows, rows)}
-    together = min(_FEW_ROWS, block_rows)
-    elements = [
-        _of_elements(spec, height, constants, by_row=False)
-        for height, needed in ((together, True), (1, any(height % together for height in heights)))
-        if needed
-    ]
+    return _kernel(
+        given,
+        spec,
+        shape,
+        "columns.cpp.jinja",
+        constants,
+        maxima=None,
+        elements=_of_part(spec, min(_FEW_ROWS, block_rows), block_rows, rows, constants, by_row=False),
+        matrices=count,
+        rows=rows,
+        cols=cols,
+        block_rows=block_rows,
+        panels=-(-rows // block_rows),
+        chunk=chunk,
+        chunks=-(-cols // chunk),
+    )
+
+
+def _kernel(
+    given: SampleArguments,
+    spec: SampleSpec,
+    shape: Sequence[int],
+    name: str,
+    constants: dict[str, str],
+    *,
+    maxima: Any,
+    **loops: object,
+) -> Any:
+    """A kernel by the name of its template, which gets what every one needs, and its own loops."""
     return cpp_kernel(
         {
             "w": given.w,
             "key": given.key,
             "clock": given.clock,
+            "learned_ptr": given.learned,
+            "block_maxima": maxima if spec.block_values else None,
             "matrix_maxima": given.matrix_maxima if spec.block_values else None,
         },
         shape,
         given.out_dtype or spec.dtype,
-        _template("columns.cpp.jinja").render,
-        elements=elements,
-        of_matrix=of_matrix,
-        of_block=of_block,
+        template(name).render,
+        of_matrix=_of_matrix(spec, constants),
+        of_block=_of_block(spec, constants),
         constants=constants,
         keyed=spec.keyed,
         clocked=spec.clocked,
-        matrices=count,
-        rows=rows,
-        cols=cols,
-        block_rows=block_rows,
-        panels=panels,
-        chunk=chunk,
-        chunks=-(-cols // chunk),
+        **loops,
     )
 
 
@@ -296,6 +290,15 @@ def _of_matrix(spec: SampleSpec, constants: dict[str, str]) -> _OfBlock:
     return _OfBlock(p.statements, {name: variable for name, (variable,) in values.items()}, {})
 
 
+def _of_part(
+    spec: SampleSpec, together: int, part_rows: int, rows: int, constants: dict[str, str], *, by_row: bool
+) -> list[_Elements]:
+    """The elements of so many rows together, and of one alone, as parts of the matrix need them."""
+    heights = {min(part_rows, rows), rows % part_rows or min(part_rows, rows)}
+    needed = {together: any(height >= together for height in heights), 1: any(height % together for height in heights)}
+    return [_of_elements(spec, count, constants, by_row=by_row) for count, wanted in needed.items() if wanted]
+
+
 def _of_elements(spec: SampleSpec, rows: int, constants: dict[str, str], *, by_row: bool) -> _Elements:
     """Those of so many rows side by side, which lie in one block or, ``by_row``, each in one of its own."""
     p = CppPrimitives(constants)
@@ -308,14 +311,3 @@ def _of_elements(spec: SampleSpec, rows: int, constants: dict[str, str], *, by_r
         lambda word: (_CLOCK[word],),
     )
     return _Elements(rows, p.statements, sampled)
-
-
-@cache
-def _template(name: str) -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(name)
