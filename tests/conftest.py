@@ -42,6 +42,15 @@ def reset():
 
 
 @pytest.fixture
+def one_thread(reset):
+    """An embedding's gradient adds with atomics: on two threads plain Inductor differs from itself."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def fresh(reset):
     """No backends of earlier tests either, which would follow the optimizers of this one."""
     gc.collect()

@@ -13,15 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import gws_compile
 from gws_compile import GwsWarning, Operand, Schedule
 
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 SMALL = {"exclude": (), "inner": "aot_eager", "seed": 5}

@@ -13,15 +13,7 @@ from gws_compile.numerics.keys import key_words
 transformers = pytest.importorskip("transformers")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # The gradient of an embedding adds with atomics: with two threads plain Inductor differs from itself.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def assert_same(left, right):

@@ -14,14 +14,7 @@ RECIPES = gws_compile.RECIPES
 LOSSLESS = gws_compile.Operand("e8m23", scale="none")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def backend_of(recipe, **settings):
