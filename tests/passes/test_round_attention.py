@@ -163,7 +163,7 @@ def explicit(q, k, v, operands):
         return x if operand is None else Straight.apply(x, operand, over_rows)
 
     q, k = through(q, operands.queries), through(k, operands.keys)
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    scores = q @ k.transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]))
     p = (scores - scores.detach().amax(-1, keepdim=True)).exp()
     out = through(p, operands.probabilities) @ through(v, operands.values, over_rows=True)
     return out / p.sum(-1, keepdim=True)
@@ -181,11 +181,9 @@ def test_fused_attention_against_an_oracle(attention):
     backend = gws_compile.backend(attention=attention, inner="aot_eager")
     got = run(torch.compile(Fused(), backend=backend), inputs)
     wanted = run(lambda *x: explicit(*x, backend.config.attention), inputs)
-    # A probability next to a tie falls on its other side where the sums of the scores have another order.
-    assert torch.isclose(got[0], wanted[0], rtol=1e-5, atol=1e-6).float().mean() > 0.995
-    assert torch.allclose(got[0], wanted[0], atol=0.01)
+    assert torch.equal(got[0], wanted[0])
     for a, b in zip(got[1:], wanted[1:], strict=True):
-        assert (a - b).abs().mean() < 1e-4 * b.abs().mean()
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
     plain = Fused()(*inputs)
     assert 1e-4 < (got[0] - plain).abs().max() < 0.2
 
@@ -201,9 +199,11 @@ def test_low_precision_inputs_and_autocast():
     """The operands are rounded in the dtype in which fused attention takes them, the softmax is float32."""
     inputs = values(torch.bfloat16)
     backend = gws_compile.backend(attention=LOSSLESS, inner="aot_eager")
-    got, wanted = run(torch.compile(Fused(), backend=backend), inputs), run(Fused(), inputs)
+    got = run(torch.compile(Fused(), backend=backend), inputs)
+    wanted = run(Fused(), [x.detach().float().requires_grad_() for x in inputs])
     assert got[0].dtype == torch.bfloat16
-    assert all(torch.allclose(a.float(), b.float(), rtol=0.05, atol=0.05) for a, b in zip(got, wanted, strict=True))
+    for a, b in zip(got, wanted, strict=True):  # once rounded to bfloat16
+        assert torch.allclose(a.float(), b, rtol=2**-7, atol=1e-3)
     torch._dynamo.reset()
     with torch.autocast("cpu", torch.bfloat16):
         out = torch.compile(Fused(), backend=backend)(*values())
