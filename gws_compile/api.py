@@ -40,6 +40,7 @@ def backend(
     resample: Resample = DEFAULTS.resample,
     backward: Backward = DEFAULTS.backward,
     inner: Inner = DEFAULTS.inner,
+    master: bool = DEFAULTS.master,
     strict: bool = DEFAULTS.strict,
 ) -> Backend:
     """A ``torch.compile`` backend for pseudo-quantization training by Gaussian weight sampling.
@@ -84,6 +85,8 @@ def backend(
             nothing.
         inner: who compiles the rewritten graph: ``"inductor"``, ``"aot_eager"``, ``"eager"``, or a backend of your own,
             a callable ``(gm, example_inputs) -> callable``.
+        master: False to train without master weights: behind each optimizer step the sampled parameters are rounded
+            stochastically to their format's grid, on which they lie between steps; there is no noise then.
         strict: an error, instead of a warning, when no weight is rewritten or an included one is left alone.
 
     Returns:
@@ -111,6 +114,7 @@ def backend(
             resample=resample,
             backward=backward,
             inner=inner,
+            master=master,
             strict=strict,
         )
     )

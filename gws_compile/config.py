@@ -223,6 +223,13 @@ class Settings:
             "metavar": "COMPILER",
         },
     )
+    master: bool = field(
+        default=True,
+        metadata={
+            "help": "False to train without master weights: behind each optimizer step the sampled parameters are "
+            "rounded stochastically to their format's grid, on which they lie between steps; there is no noise then.",
+        },
+    )
     strict: bool = field(
         default=False,
         metadata={
@@ -260,6 +267,7 @@ class Config:
     resample: Resample
     backward: Backward
     inner: Inner
+    master: bool
     strict: bool
 
     @staticmethod
@@ -282,6 +290,7 @@ class Config:
         resample: Resample = DEFAULTS.resample,
         backward: Backward = DEFAULTS.backward,
         inner: Inner = DEFAULTS.inner,
+        master: bool = DEFAULTS.master,
         strict: bool = DEFAULTS.strict,
     ) -> Config:
         """Check every argument and build the configuration.
@@ -289,7 +298,11 @@ class Config:
         Raises:
             ValueError: a bad value; the message names it and what is accepted.
         """
+        for name, flag in (("master", master), ("strict", strict)):
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name} must be True or False, got {flag!r}")
         made = as_recipe(recipe, fmt)
+        noise = "none" if not master and noise is None and (made is None or "noise" not in made.of_weights) else noise
         given = _given(made, fmt, noise, bits, block, scale)
         if made is not None:
             activations = made.activations if activations is None else activations
@@ -305,8 +318,6 @@ class Config:
             raise ValueError(f"seed must be an int in 0 .. 2**64 - 1, got {seed!r}")
         if not (callable(inner) or (isinstance(inner, str) and inner in INNERS)):
             raise ValueError(f"inner must be one of {', '.join(map(repr, INNERS))} or a callable, got {inner!r}")
-        if not isinstance(strict, bool):
-            raise ValueError(f"strict must be True or False, got {strict!r}")
         activations, gradients = as_operand("activations", activations), as_operand("gradients", gradients)
         check_role("activations", activations, ("forward", "wgrad"))
         check_role("gradients", gradients, ("dgrad", "wgrad"))
@@ -327,9 +338,11 @@ class Config:
             resample=resample,
             backward=backward,
             inner=inner,
+            master=master,
             strict=strict,
         )
         _check_operands(config)
+        _check_master(config)
         if schedule is not None:
             _check_schedule(schedule, config, bits)
         return config
@@ -473,6 +486,17 @@ def _check_operands(config: Config) -> None:
             f"gradients: hadamard={gradients.hadamard} transforms the activations of wgrad too, and activations=None "
             "does not round them there: give both"
         )
+
+
+def _check_master(config: Config) -> None:
+    if config.master:
+        return
+    for where, settings in (("", config.weights), *((f"{rule.text}: ", rule.settings) for rule in config.rules)):
+        if settings is not None and settings.noise != "none":
+            raise ValueError(
+                f"{where}with master=False weights lie on their grid and get no noise: noise must be 'none', or left "
+                f"out, got {settings.noise!r}"
+            )
 
 
 def _check_schedule(schedule: Schedule, config: Config, bits: float | LearnedBits | None) -> None:

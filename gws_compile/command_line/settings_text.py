@@ -293,7 +293,7 @@ def _seed(text: str) -> int | str:
         return text
 
 
-def _strict(text: str) -> bool | str:
+def _flag(text: str) -> bool | str:
     words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
     return words.get(text.lower(), text)
 
@@ -333,5 +333,6 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "include": _globs,
     "exclude": _globs,
     "seed": _seed,
-    "strict": _strict,
+    "master": _flag,
+    "strict": _flag,
 }

@@ -25,6 +25,7 @@ from ..report.metrics import Metrics
 from ..report.report import Report
 from ..runtime.binding import Bindings
 from ..runtime.clock import Clock
+from ..runtime.grid_writer import GridWriter
 from ..runtime.optimizer_hooks import after_each_step
 from ..runtime.weight_registry import WeightRegistry
 from ..runtime.weight_slots import Slot, WeightSlots
@@ -65,6 +66,9 @@ class Backend:
         if config.resample == "step":
             after_each_step(self._clock, Clock.optimizer_stepped)
         after_each_step(self._diagnostics, Diagnostics.optimizer_stepped)
+        self._writer = None if config.master else GridWriter(config, self._slots, self._registry, self._clock)
+        if self._writer is not None:  # behind the clock, for the words of the draw that comes
+            after_each_step(self._writer, GridWriter.after_step)
         if self._learned is not None:
             after_each_step(self._learned, LearnedWidths.after_step)
 
@@ -110,6 +114,7 @@ class Backend:
     def _find_bindings(self) -> Callable[[Rewrite], Bindings]:
         """Makes what looks up a graph's further inputs; it has no reference to the backend."""
         seed, slots, registry = self.config.seed, self._slots, self._registry
+        name_trained = not self.config.master
         rewriting, parameters = self._rewriting, None if self._learned is None else self._learned.parameters
 
         def bindings_of(rewritten: Rewrite) -> Bindings:
@@ -122,6 +127,7 @@ class Backend:
                 registry=registry,
                 find_widths=None if parameters is None else WidthFinder(parameters, registry, learned),
                 form_of=partial(rewriting.form_of, rewritten.weights),
+                name_trained=name_trained,
             )
 
         return bindings_of
@@ -150,7 +156,7 @@ class Backend:
     @property
     def draw(self) -> int:
         """Number of the draw that the next training forward sees, if no optimizer steps before it."""
-        return (self._clock.step + self._clock.pending) % DRAWS
+        return self._clock.upcoming % DRAWS
 
     def slots_of(self, weights: Sequence[torch.Tensor]) -> list[Slot | None]:
         """What is known of Parameters; None for one that is in no model seen so far."""
@@ -161,9 +167,11 @@ class Backend:
         """Draw new noise from the next training forward on.
 
         Not needed with ``torch.optim`` optimizers, which are followed; for update loops of your own. Calling it beside
-        an optimizer makes no second draw.
+        an optimizer makes no second draw. With ``master=False`` it writes the sampled weights onto their grids.
         """
         self._clock.tick()
+        if self._writer is not None:
+            self._writer.write()
 
     @contextmanager
     def noise(self, enabled: bool) -> Iterator[None]:
@@ -320,8 +328,8 @@ class Backend:
             specification; ``"weights"``, a list of ``[name, shape]`` of the weights that were sampled, whose names,
             with the seed, are their keys; ``"settings"``, a list of ``[name, text]``, the format, block and scale of
             each; ``"rules"``, a list of the rules as text; ``"operands"``, how activations, gradients and attention are
-            rounded, as text. With learned bit widths also ``"bits"``, their parameters by the weights' names,
-            ``"frozen"``, 0 or 1, and ``"steering"``, two scalar tensors, with `LearnedBits.average`.
+            rounded, as text; ``"master"``, 0 or 1. With learned bit widths also ``"bits"``, their parameters by the
+            weights' names, ``"frozen"``, 0 or 1, and ``"steering"``, two scalar tensors, with `LearnedBits.average`.
         """
         shapes = self._registry.shapes()
         state = {
@@ -332,6 +340,7 @@ class Backend:
             "settings": settings_texts(self.config, shapes),
             "rules": [rule.text for rule in self.config.rules],
             "operands": operand_texts(self.config),
+            "master": int(self.config.master),
         }
         return state if self._learned is None else {**state, **self._learned.state_dict()}
 

@@ -174,7 +174,9 @@ class CompiledGraph:
         self._compiler = compiler
         self._clock = compiler.clock
         self._forms = forms
-        self._training = rewritten.layout.training
+        # Without master weights what optimizers write is numbered by draws too.
+        writes = not compiler.config.master and rewritten.gradients and any(w.gradients for w in rewritten.selected)
+        self._training = rewritten.layout.training or writes
         may_draw = any(
             (w.sampled_as.noise != "none" and w.trainable) or w.products.draws or w.products.scheduled
             for w in rewritten.selected

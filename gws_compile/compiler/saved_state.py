@@ -83,6 +83,7 @@ class SavedState:
         shapes = _shapes(raw["weights"])
         _check_rules(raw, config)
         _check_operands(raw, config)
+        _check_master(raw, config)
         if learned is None:
             return cls(step, shapes, None)
         of_weights = {name: _settings_of(name, config) for name in shapes}
@@ -119,6 +120,15 @@ def _check_operands(raw: Mapping[str, Any], config: Config) -> None:
                 f"the state was saved with {name}={_shown(before)}, this backend has {_shown(now)}; Schedule changes "
                 "what is rounded in the course of a run"
             )
+
+
+def _check_master(raw: Mapping[str, Any], config: Config) -> None:
+    """Hold a state to whether there are master weights; one of an older version says nothing of it, and had them."""
+    saved = _integer(raw.get("master", 1))
+    if saved not in (0, 1):
+        raise _refusal("master", "0 or 1", raw["master"])
+    if bool(saved) != config.master:
+        raise ValueError(f"the state was saved with master={bool(saved)}, this backend has master={config.master}")
 
 
 def _settings_of(unique_name: str, config: Config) -> WeightSettings | None:

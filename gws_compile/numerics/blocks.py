@@ -30,7 +30,7 @@ def _is_side(side: object) -> bool:
     return side is None or (isinstance(side, int) and not isinstance(side, bool) and side > 0)
 
 
-def block_argument(block: Block) -> list[int]:
+def block_argument(block: Sequence[int | None]) -> list[int]:
     """A block shape as the operators take it: 0 for None."""
     return [side or 0 for side in block]
 

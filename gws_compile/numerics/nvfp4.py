@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from .cast import round_scaled
+from .cast import round_scaled, round_stochastic
 from .division import divide
 from .float32 import EXPONENT, MAGNITUDE, bits_float32, float32_bits, nearest_float32
 from .formats import FORMATS
@@ -48,9 +48,35 @@ def stored_scale(p: Primitives, amax: Value, encode: Value) -> Value:
         amax: float32 block maximum.
         encode: ``S_enc``.
     """
+    return p.bits_float(round_scaled(p, _unrounded_scale(p, amax, encode), _STORED))
+
+
+def _unrounded_scale(p: Primitives, amax: Value, encode: Value) -> Value:
+    """The bits of ``S_b`` before it is rounded; they are saturated."""
     scaled = p.fmul(amax, p.fmul(encode, _SIXTH))
-    bits = p.imin(p.iand(p.float_bits(scaled), MAGNITUDE), float32_bits(_STORED.max))
-    return p.bits_float(round_scaled(p, bits, _STORED))
+    return p.imin(p.iand(p.float_bits(scaled), MAGNITUDE), float32_bits(_STORED.max))
+
+
+def neighbouring_maxima(p: Primitives, amax: Value, matrix_maximum: Value) -> tuple[Value, Value]:
+    """The two block maxima around one that are ``6 X`` for values of ``S_b``: float32, equal where it is one itself.
+
+    Args:
+        p: the operations to write it in.
+        amax: float32 block maximum.
+        matrix_maximum: float32, that over what is finite of the matrix.
+    """
+    encode = encode_scale(p, matrix_maximum)
+    bits = _unrounded_scale(p, amax, encode)
+    # Rounded by the least and by the greatest chance: down, and up.
+    low, high = (_maximum_of(p, round_stochastic(p, bits, _STORED, word), encode) for word in (0, -1))
+    return low, high
+
+
+def _maximum_of(p: Primitives, stored_bits: Value, encode: Value) -> Value:
+    """``6 X``, from the bits of ``S_b``."""
+    empty = p.ilt(stored_bits, 1)  # divided for 1: `divide` takes no 0
+    x = divide(p, p.fselect(empty, 1.0, p.bits_float(stored_bits)), encode)
+    return p.fselect(empty, 0.0, p.fmul(x, ELEMENT.max))
 
 
 def nvfp4_scale(p: Primitives, amax: Value, encode: Value, decode: Value, dtype: torch.dtype) -> tuple[Value, Value]:

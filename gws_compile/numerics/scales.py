@@ -69,6 +69,29 @@ def scale_bits(p: Primitives, amax: Value, fmt: ElementFormat, scale: str, dtype
     return p.isub(p.imin(exponent, (high + 127 + fmt.emax) << 23), fmt.emax << 23)
 
 
+def neighbouring_tops(
+    p: Primitives, amax: Value, fmt: ElementFormat, largest: float, dtype: torch.dtype
+) -> tuple[Value, Value]:
+    """Where the scale ``"floor"`` leaves a gap: a block's largest value ``max * X``, and the least with the next scale.
+
+    A block maximum between the two saturates.
+
+    Args:
+        p: the operations to write it in.
+        amax: float32 block maximum.
+        fmt: the element format.
+        largest: the largest ``|w| / X``.
+        dtype: the weight's.
+
+    Returns:
+        float32; the second is Inf where there is no larger scale.
+    """
+    bits = scale_bits(p, amax, fmt, "floor", dtype)
+    x = p.bits_float(bits)
+    last = (scale_exponent_range(fmt, dtype)[1] + 127) << 23
+    return p.fmul(x, largest), p.fselect(p.ilt(bits, last), p.fmul(x, 2.0 ** (fmt.emax + 1)), float("inf"))
+
+
 def amax_scale(p: Primitives, amax: Value, fmt: ElementFormat, dtype: torch.dtype) -> tuple[Value, Value]:
     """``X = a / max``, at which the block maximum becomes the format's; and ``1 / X``. Both rounded to nearest.
 

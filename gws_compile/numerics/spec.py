@@ -262,7 +262,7 @@ class SampleSpec:
         assert element is not None
         assert key is not None
         assert clock is not None
-        return _word(p, element, lambda word: p.ixor(key(word), _of_place(self.place)[word]), clock)
+        return random_word(p, element(), key_at(p, key, self.place), clock(0))
 
     def _switched(self, p: Primitives, w: Value, sampled: Value, clock: Words | None) -> Value:
         if not self.switch:
@@ -351,6 +351,12 @@ class WidthGradientSpec:
 def _of_place(place: int) -> tuple[int, int]:
     """What the two words of a key differ by at a place."""
     return key_words(0, f"place {place}")
+
+
+def key_at(p: Primitives, key: Words, place: int) -> tuple[Value, Value]:
+    """The words of a key at a place, see `SampleSpec.place`."""
+    first, second = (p.ixor(key(word), _of_place(place)[word]) for word in range(2))
+    return first, second
 
 
 def _word(p: Primitives, element: Operand, key: Words, clock: Words) -> Value:

@@ -104,6 +104,7 @@ class Bindings:
         registry: names those that draw noise, and those with learned widths.
         find_widths: looks learned widths up; None where widths are fixed.
         form_of: says by which names another form of the graph serves what it is called with; see `Binding.form`.
+        name_trained: also name the weights that are trained and draw nothing in the graph.
     """
 
     def __init__(
@@ -116,7 +117,9 @@ class Bindings:
         registry: WeightRegistry,
         find_widths: FindWidths | None,
         form_of: Callable[[Sequence[torch.Tensor]], Mapping[str, tuple[str, ...]] | None],
+        name_trained: bool = False,
     ) -> None:
+        self._name_trained = name_trained
         self._keyed = dict(layout.positions)
         self._learned = [learned.position for learned in layout.learned]
         # What has to be the same from call to call; of the others a graph takes the values alone.
@@ -196,5 +199,7 @@ class Bindings:
                 [position in self._noisy for position in self._learned],
             )
         trained = {p: weight for p, weight in weights.items() if weight.reason is None and weight.trainable}
+        if self._name_trained:
+            self._registry.register([slots[position] for position, weight in trained.items() if weight.gradients])
         reads = {slots[p]: frozenset(read.noisy for read in weight.reads) for p, weight in trained.items()}
         return Binding(needed, noisy, keys, widths, reads=reads)

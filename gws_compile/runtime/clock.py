@@ -89,6 +89,11 @@ class Clock:
         self._switch.enabled = enabled
 
     @property
+    def upcoming(self) -> int:
+        """Number of the draw that the next training forward sees, if no optimizer steps before it."""
+        return self.step + self.pending
+
+    @property
     def state(self) -> DrawState:
         """What a forward in this thread sees now."""
         return DrawState(self.step, self.enabled, self.frozen)

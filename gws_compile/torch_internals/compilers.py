@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from .lookup import find, spared
 from .modules import modules_alive
@@ -50,6 +51,17 @@ def inductor_compile(
     with config.patch(joint_custom_pre_pass=_custom_pass(graph_pass, config.joint_custom_pre_pass)):
         compiled = wrapper(gm, list(example_inputs))
     return compiled
+
+
+def compiled_function(function: Callable[..., Any], examples: Sequence[torch.Tensor]) -> Callable[..., Any]:
+    """A function of tensors and nothing else, for tensors like the examples, compiled with Inductor.
+
+    Beside ``torch.compile`` of the function: Dynamo has a limit for the forms of one function, and its callers' state.
+
+    Relies on what `inductor_compile` does. Checked on torch 2.13.
+    """
+    graph = make_fx(function)(*examples)
+    return inductor_compile(graph, examples, mode=None, options=None)
 
 
 def _custom_pass(graph_pass: GraphPass, before: Any) -> Any:

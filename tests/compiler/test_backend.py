@@ -240,6 +240,7 @@ def test_state():
         "settings": [],
         "rules": [],
         "operands": ["", "", ""],
+        "master": 1,
     }
     other = gws_compile.backend("fp6_e3m2", seed=3, inner="eager")
     other.load_state_dict(state)

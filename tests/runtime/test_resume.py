@@ -90,6 +90,7 @@ def test_what_a_state_holds(state):
         "settings": [["fc.weight", "e3m2 32x32 floor"]],
         "rules": [],
         "operands": ["", "", ""],
+        "master": 1,
     }
     buffer = io.BytesIO()
     torch.save(state, buffer)
