@@ -8,6 +8,12 @@ file after every run, and a run that is in it already is not repeated, so a stop
     python examples/bit_experiment.py run --model llama --out out/bits-llama.json
     python examples/bit_experiment.py report out/bits-gpt2.json out/bits-llama.json --docs docs
 
+With ``--rows direct`` training without master weights (``master=False``) against the straight-through cast and against
+noise, at 8, 4 and 3 bits and with three levels:
+
+    python examples/bit_experiment.py run --rows direct --model llama --out out/direct-llama.json
+    python examples/bit_experiment.py report out/direct-llama.json
+
 The two runs take about 40 minutes side by side on two CPU cores, most of it compiling. ``--size small`` is for a GPU.
 
 Needs ``pip install "gws-compile[examples]"``.
@@ -63,8 +69,17 @@ class Setting:
     coefficient: float = 0.0
 
 
+def direct_settings() -> Iterator[Setting]:
+    """The rows with and without master weights."""
+    yield Setting("plain", None)
+    for fmt in ("int8", "int4", "int3", "int2"):
+        yield Setting(f"{fmt}, straight-through", {"fmt": fmt, "noise": "none"})
+        yield Setting(f"{fmt}, rounded normal noise", {"fmt": fmt})
+        yield Setting(f"{fmt}, no master weights", {"fmt": fmt, "master": False})
+
+
 def settings() -> Iterator[Setting]:
-    """The rows."""
+    """The rows with fixed and learned widths."""
     yield Setting("plain", None)
     fixed = ("fp8_e4m3", "fp6_e3m2", "fp4_e2m1")
     for noise, label in (("rounded_normal", ""), ("uniform", ", uniform noise")):
@@ -145,12 +160,12 @@ def sizes(model: torch.nn.Module, backend: gws_compile.Backend | None) -> dict[s
     summary = backend.report().bits
     if summary is not None:
         return {"average": summary.average, "bytes": summary.stored_bytes, "share": summary.share}
-    fmt, total = backend.config.fmt, 0.0
-    for record in backend.report().rewritten:
-        rows, cols = record.shape[0], math.prod(record.shape[1:])
-        total += rows * cols * fmt.storage_bits / 8 + math.ceil(rows / 32) * math.ceil(cols / 32)
-    average = backend.config.bits
-    return {"average": average, "bytes": round(total), "share": {fmt.name: 1.0}}
+    of_weight = backend.config.weights
+    total = sum(of_weight.stored_bytes(1, r.shape[0], math.prod(r.shape[1:])) for r in backend.report().rewritten)
+    return {"average": backend.config.bits, "bytes": total, "share": {of_weight.fmt.name: 1.0}}
+
+
+ROWS = {"widths": settings, "direct": direct_settings}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -160,7 +175,7 @@ def run(args: argparse.Namespace) -> None:
     known = {(r["model"], r["setting"], r["seed"]) for r in done["runs"]}
     todo = [
         (setting, seed)
-        for setting in settings()
+        for setting in ROWS[args.rows]()
         for seed in range(args.seeds)
         if (args.model, setting.name, seed) not in known and (not args.only or args.only in setting.name)
     ]
@@ -279,7 +294,7 @@ def report(args: argparse.Namespace) -> None:
         for kind in dict.fromkeys(r["model"] for r in data["runs"]):
             found = list(rows([r for r in data["runs"] if r["model"] == kind]))
             print(f"### {MODELS[kind]}\n\n{table(found)}\n")
-            if args.docs is not None:
+            if args.docs is not None and any(row["name"].startswith("fixed") for row in found):
                 plot(args.docs / f"experiments-{kind}.png", kind, found)
 
 
@@ -288,6 +303,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True)
     add = (runs := commands.add_parser("run", help="train, and write the figures to a file")).add_argument
     add("--model", choices=MODELS, default="gpt2", help="architecture (default: %(default)s)")
+    add("--rows", choices=ROWS, default="widths", help="which settings (default: %(default)s)")
     add("--size", choices=SIZES, default="tiny", help="of the model (default: %(default)s)")
     add("--seeds", type=int, default=3, choices=range(1, 6), help="runs of each setting (default: %(default)s)")
     add("--steps", type=int, default=120, help="optimizer steps (default: %(default)s)")
