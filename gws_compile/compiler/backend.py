@@ -32,12 +32,13 @@ from ..runtime.weight_slots import Slot, WeightSlots
 from ..torch_internals.compilers import compiled_modules, untraced_of, unwrapped
 from ..torch_internals.lookup import warn_of_newer_torch
 from ..weight_names import stage_prefix_of
-from .compiled_graph import GraphCompiler
+from .compiled_graph import GraphCompiler, compile_graph
 from .diagnostics import Diagnostics, GivenModules
 from .reporting import Reporting
 from .rewriting import Rewriting
 from .saved_state import DRAWS, SavedState, operand_texts, settings_texts
 from .tracer import weights_to_sample
+from .updates import CompiledUpdates
 
 
 class Backend:
@@ -60,6 +61,8 @@ class Backend:
         self._clock = Clock(config.schedule)
         self._diagnostics = Diagnostics(config, self._slots, partial(_given_to, weakref.ref(self)))
         self._rewriting = Rewriting(config, self._diagnostics)
+        self._updates = CompiledUpdates(config.seed)
+        after_each_step(self._updates, CompiledUpdates.after_step)
         self._learned = None if config.learned is None else LearnedWidths(config.learned, self._scheduled_width)
         self._reporting = Reporting(config, self._rewriting, self._slots, self._clock, self._learned)
         self._compiler = GraphCompiler(config, self._rewriting, self._find_bindings(), self._clock, self._diagnostics)
@@ -104,6 +107,13 @@ class Backend:
             raise ValueError(
                 f"mode={mode!r} and options={options!r} are Inductor's, but inner is {self.config.inner!r}"
             )
+        compiled = self._updates(
+            gm,
+            example_inputs,
+            lambda module, inputs: compile_graph(module, inputs, self.config.inner, None, mode, options),
+        )
+        if compiled is not None:
+            return compiled
         rewritten, _ = self._rewriting(gm, example_inputs)
         return self._compiler(gm, rewritten, example_inputs, mode=mode, options=options)
 
@@ -328,8 +338,9 @@ class Backend:
             specification; ``"weights"``, a list of ``[name, shape]`` of the weights that were sampled, whose names,
             with the seed, are their keys; ``"settings"``, a list of ``[name, text]``, the format, block and scale of
             each; ``"rules"``, a list of the rules as text; ``"operands"``, how activations, gradients and attention are
-            rounded, as text; ``"master"``, 0 or 1. With learned bit widths also ``"bits"``, their parameters by the
-            weights' names, ``"frozen"``, 0 or 1, and ``"steering"``, two scalar tensors, with `LearnedBits.average`.
+            rounded, as text; ``"master"``, 0 or 1; ``"updates"``, the number of compiled optimizer steps. With learned
+            bit widths also ``"bits"``, their parameters by the weights' names, ``"frozen"``, 0 or 1, and
+            ``"steering"``, two scalar tensors, with `LearnedBits.average`.
         """
         shapes = self._registry.shapes()
         state = {
@@ -341,6 +352,7 @@ class Backend:
             "rules": [rule.text for rule in self.config.rules],
             "operands": operand_texts(self.config),
             "master": int(self.config.master),
+            "updates": self._updates.count,
         }
         return state if self._learned is None else {**state, **self._learned.state_dict()}
 
@@ -368,6 +380,7 @@ class Backend:
             self._clock.frozen = saved.widths.frozen
         self._registry.expect(saved.shapes)
         self._clock.resume(saved.step)
+        self._updates.count = saved.updates
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
         """The backend itself: a deep copy of a compiled model shares it, and its weights get keys of their own."""

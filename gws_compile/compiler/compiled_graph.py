@@ -76,7 +76,7 @@ class GraphCompiler:
         graph_pass = self.rewriting.products[rewritten.module].graph_pass
 
         def compile(module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
-            return _compile(module, inputs, self.config.inner, graph_pass, mode, options)
+            return compile_graph(module, inputs, self.config.inner, graph_pass, mode, options)
 
         # Fake tensors of fixed shape: AOTAutograd gives real inputs without a source symbolic sizes.
         added = rewritten.module.graph.find_nodes(op="placeholder")[len(example_inputs) :]
@@ -86,7 +86,7 @@ class GraphCompiler:
         return CompiledGraph(compiled, examples, rewritten, self, forms)
 
 
-def _compile(
+def compile_graph(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
     inner: Inner,
@@ -94,6 +94,15 @@ def _compile(
     mode: str | None,
     options: dict[str, Any] | None,
 ) -> Compiled:
+    """Compile a graph with the inner compiler.
+
+    Args:
+        gm: the graph.
+        inputs: examples of its inputs.
+        inner: the compiler.
+        graph_pass: runs on the graph that AOTAutograd traces; None for none.
+        mode, options: for Inductor.
+    """
     if inner != "eager":
         from ..codegen import lowering  # noqa: F401  (registers the operator's lowering; imports Inductor)
     if inner == "inductor":

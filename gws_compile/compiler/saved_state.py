@@ -49,11 +49,13 @@ class SavedState:
         step: number of the next forward's draw, 0 to `DRAWS` - 1.
         shapes: the whole shapes of the sampled weights by their unique names.
         widths: None for a backend whose widths are fixed.
+        updates: how many optimizer steps ran compiled.
     """
 
     step: int
     shapes: dict[str, tuple[int, ...]]
     widths: SavedWidths | None
+    updates: int = 0
 
     @classmethod
     def read(cls, raw: object, config: Config) -> SavedState:
@@ -85,14 +87,14 @@ class SavedState:
         _check_operands(raw, config)
         _check_master(raw, config)
         if learned is None:
-            return cls(step, shapes, None)
+            return cls(step, shapes, None, _updates(raw))
         of_weights = {name: _settings_of(name, config) for name in shapes}
         blocks = {
             name: settings.block
             for name, settings in of_weights.items()
             if settings is not None and settings.learned is not None
         }
-        return cls(step, shapes, _widths(raw, {name: shapes[name] for name in blocks}, learned, blocks))
+        return cls(step, shapes, _widths(raw, {name: shapes[name] for name in blocks}, learned, blocks), _updates(raw))
 
 
 def settings_texts(config: Config, names: Iterable[str]) -> list[list[str]]:
@@ -129,6 +131,14 @@ def _check_master(raw: Mapping[str, Any], config: Config) -> None:
         raise _refusal("master", "0 or 1", raw["master"])
     if bool(saved) != config.master:
         raise ValueError(f"the state was saved with master={bool(saved)}, this backend has master={config.master}")
+
+
+def _updates(raw: Mapping[str, Any]) -> int:
+    """How many optimizer steps ran compiled; one of an older version had none."""
+    updates = _integer(raw.get("updates", 0))
+    if updates is None or updates < 0:
+        raise _refusal("updates", "an int, 0 or more", raw["updates"])
+    return updates
 
 
 def _settings_of(unique_name: str, config: Config) -> WeightSettings | None:

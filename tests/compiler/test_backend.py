@@ -241,6 +241,7 @@ def test_state():
         "rules": [],
         "operands": ["", "", ""],
         "master": 1,
+        "updates": 0,
     }
     other = gws_compile.backend("fp6_e3m2", seed=3, inner="eager")
     other.load_state_dict(state)

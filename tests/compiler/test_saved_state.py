@@ -308,6 +308,7 @@ def test_the_next_state_leaves_nothing_of_the_last():
             "rules": [],
             "operands": ["", "", ""],
             "master": 1,
+            "updates": 0,
             "bits": {},
             "steering": constraint(),
         }
@@ -390,7 +391,7 @@ def test_what_a_backend_has_no_use_for_is_ignored():
     make().load_state_dict(state)
     fixed = gws_compile.backend("bf16")
     fixed.load_state_dict({**state, "bits": None, "frozen": 7})
-    kept = ("seed", "fmt", "step", "weights", "settings", "rules", "operands", "master")
+    kept = ("seed", "fmt", "step", "weights", "settings", "rules", "operands", "master", "updates")
     assert fixed.state_dict() == {key: state[key] for key in kept}
     make(average=None).load_state_dict({**state, "steering": None})
 

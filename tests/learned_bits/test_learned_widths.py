@@ -296,7 +296,7 @@ def test_state():
     model = Net()
     train(model, one, 20, coefficient=1)
     state = one.state_dict()
-    of_any = {"seed", "fmt", "step", "weights", "settings", "rules", "operands", "master"}
+    of_any = {"seed", "fmt", "step", "weights", "settings", "rules", "operands", "master", "updates"}
     assert set(state) == of_any | {"bits", "frozen", "steering"}
     buffer = io.BytesIO()
     torch.save(state, buffer)

@@ -91,6 +91,7 @@ def test_what_a_state_holds(state):
         "rules": [],
         "operands": ["", "", ""],
         "master": 1,
+        "updates": 0,
     }
     buffer = io.BytesIO()
     torch.save(state, buffer)
