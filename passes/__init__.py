@@ -7,6 +7,8 @@
     mark_recompute  marks the samples that backward is to draw again                   the samples' metadata
     round_attention takes attention apart and rounds what it multiplies                new nodes, a clock
 
+The graph of an optimizer's step is another one, with a pass of its own: `passes.round_updates`.
+
 What weights are multiplied with is rounded later, forward and backward, in AOTAutograd's graph: `passes.products`.
 
 A pass is a function of a `Rewrite`, the graph with what is known of it, and of settings of its own, which are bound

@@ -54,14 +54,15 @@ def inductor_compile(
 
 
 def compiled_function(function: Callable[..., Any], examples: Sequence[torch.Tensor]) -> Callable[..., Any]:
-    """A function of tensors and nothing else, for tensors like the examples, compiled with Inductor.
+    """A function of tensors to a tensor, and of nothing else, for tensors like the examples, compiled with Inductor.
 
     Beside ``torch.compile`` of the function: Dynamo has a limit for the forms of one function, and its callers' state.
 
     Relies on what `inductor_compile` does. Checked on torch 2.13.
     """
-    graph = make_fx(function)(*examples)
-    return inductor_compile(graph, examples, mode=None, options=None)
+    graph = make_fx(lambda *given: (function(*given),))(*examples)  # AOTAutograd takes graphs that return a tuple
+    compiled = inductor_compile(graph, examples, mode=None, options=None, graph_pass=None)
+    return lambda *given: compiled(*given)[0]
 
 
 def _custom_pass(graph_pass: GraphPass, before: Any) -> Any:

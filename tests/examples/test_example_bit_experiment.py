@@ -41,6 +41,14 @@ def test_a_run_of_each_kind(tmp_path):
         experiment.main(["run", *options, "--only=fixed", "--dtype=bfloat16"])
 
 
+def test_the_page_shows_training_without_master_weights():
+    data = json.loads((ROOT / "docs" / "data" / "experiments-direct-llama.json").read_text())
+    rows = list(experiment.rows(data["runs"]))
+    assert [row["name"] for row in rows] == [setting.name for setting in experiment.direct_settings()]
+    assert all(row["seeds"] == 3 for row in rows)
+    assert experiment.table(rows) in (ROOT / "docs" / "experiments.md").read_text()
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_the_page_shows_the_data(kind, tmp_path):
     data = json.loads((ROOT / "docs" / "data" / f"experiments-{kind}.json").read_text())
