@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..runtime.step_rounds import StepRounds
 from ..settings.learned_bits import LearnedBits
 from ..warning import GwsWarning
 from .average_constraint import AverageConstraint
@@ -40,7 +41,10 @@ class LearnedWidths:
         self._scheduled = scheduled
         self.history = WidthHistory(self.parameters.rule.min, self.parameters.rule.max)
         self.constraint = None if settings.average is None else AverageConstraint(settings.average)
+        self._rounds = StepRounds()
+        self._gradients: dict[str, torch.Tensor] = {}  # of the widths that have moved in this training step
         self._followed: set[str] = set()
+        self._unheld: set[str] = set()
         self._waited = 0
 
     def summary(self) -> BitsSummary | None:
@@ -75,16 +79,32 @@ class LearnedWidths:
         return widths_and_shares(self.parameters.by_name.values(), self.parameters.rule)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Behind an optimizer's step: move the multiplier; notice widths that no optimizer holds."""
-        weights = self.parameters.by_name.values()
+        """Behind an optimizer's step: move the multiplier; notice widths that no optimizer holds.
+
+        Where several optimizers have the widths, one for each parameter perhaps, a training step has ended with the
+        last of them.
+        """
+        weights = self.parameters.by_name
         if self.parameters.frozen or not weights:
             return
+        if self._rounds.begins_with(optimizer):
+            self._notice_unfollowed()
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        followed = {name for name, weight in self.parameters.by_name.items() if id(weight.parameter) in held}
-        self._followed |= followed
-        self._notice_unfollowed()
+        followed = {name: weight.parameter for name, weight in weights.items() if id(weight.parameter) in held}
+        self._followed |= followed.keys()
         if not followed:
             return
+        if self._gradients.keys() & followed.keys():  # the last training step has ended without some widths
+            self._unheld = weights.keys() - self._gradients.keys()
+            self._end_step()
+        several = len(followed) < len(weights)  # then the next one may step when these gradients have gone
+        self._gradients |= {name: _gradient(width, keep=several) for name, width in followed.items()}
+        if self._gradients.keys() | self._unheld >= weights.keys():
+            self._end_step()
+
+    def _end_step(self) -> None:
+        """What follows a training step that has moved the widths."""
+        moved, self._gradients = self._gradients, {}
         due = self.history.due()
         if not due and self.constraint is None:
             return
@@ -93,7 +113,9 @@ class LearnedWidths:
         if due:
             self.history.record(widths, shares)
         if self.constraint is not None:
-            gradients = torch.cat([_gradient(weight.parameter).reshape(-1).to(widths.device) for weight in weights])
+            named = self.parameters.by_name.items()
+            parts = [moved[name] if name in moved else _gradient(weight.parameter) for name, weight in named]
+            gradients = torch.cat([part.reshape(-1).to(widths.device) for part in parts])
             self.constraint.update((widths * shares).sum(), gradients / self.parameters.rule.slope, shares)
 
     def _notice_unfollowed(self) -> None:
@@ -136,5 +158,7 @@ class LearnedWidths:
             self.constraint.restore(steering)
 
 
-def _gradient(parameter: nn.Parameter) -> torch.Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+def _gradient(parameter: nn.Parameter, *, keep: bool = False) -> torch.Tensor:
+    if parameter.grad is None:
+        return torch.zeros_like(parameter)
+    return parameter.grad.clone() if keep else parameter.grad
