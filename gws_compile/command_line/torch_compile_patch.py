@@ -156,9 +156,9 @@ class TorchCompilePatch:
     def _redirected(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments with the backend exchanged where the default one is asked for."""
         model = args[0] if args else kwargs.get("model")
-        call = Caller.find()
-        where = call.where
-        if call.is_of_torch or (call.is_of_optimizer and not _is_module(model)):
+        caller = Caller.find()
+        where = caller.where
+        if caller.is_of_torch or (caller.is_of_optimizer and _module_of(model) is None):
             return kwargs  # compiles something of its own
         backend = kwargs.get("backend")
         if backend is None:
@@ -200,8 +200,8 @@ class TorchCompilePatch:
         """Note a call that has a gws backend."""
         self.calls.add(call)
         if backend is self.backend:
-            if _is_module(model):
-                self.kinds.add(getattr(model, "__self__", model))
+            if (module := _module_of(model)) is not None:
+                self.kinds.add(module)
         elif backend is not None:
             self._met(backend)
 
@@ -263,9 +263,10 @@ def _is_method_of_optimizer(frame: FrameType) -> bool:
     return isinstance(first, torch.optim.Optimizer) and owner in {kind.__qualname__ for kind in type(first).__mro__}
 
 
-def _is_module(target: object) -> bool:
-    """Whether a module is to be compiled, or, by Module.compile, its call."""
-    return isinstance(getattr(target, "__self__", target), nn.Module)
+def _module_of(target: object) -> nn.Module | None:
+    """The module that is to be compiled; Module.compile compiles a bound method. None for a function."""
+    module = getattr(target, "__self__", target)
+    return module if isinstance(module, nn.Module) else None
 
 
 def _package(module: str) -> str:
