@@ -25,7 +25,7 @@ from ..report.metrics import Metrics
 from ..report.report import Report
 from ..runtime.binding import Bindings
 from ..runtime.clock import Clock
-from ..runtime.optimizer_hooks import after_each_step
+from ..runtime.optimizer_hooks import after_each_step, before_each_step
 from ..runtime.weight_registry import WeightRegistry
 from ..runtime.weight_slots import Slot, WeightSlots
 from ..torch_internals.compilers import compiled_modules, untraced_of, unwrapped
@@ -66,6 +66,8 @@ class Backend:
             after_each_step(self._clock, Clock.optimizer_stepped)
         after_each_step(self._diagnostics, Diagnostics.optimizer_stepped)
         if self._learned is not None:
+            if self._learned.constraint is not None:
+                before_each_step(self._learned, LearnedWidths.before_step)
             after_each_step(self._learned, LearnedWidths.after_step)
 
     @property

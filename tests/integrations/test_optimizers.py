@@ -375,6 +375,33 @@ def test_new_storage_for_a_parameter_changes_no_name_draw_or_width(name):
     assert state["weights"] == same[3]["weights"]
 
 
+def test_the_average_of_learned_widths_is_led_by_gradients_that_schedule_free_overwrites():
+    """The scale of the term is the size of the gradient that backward gave, as with an optimizer that keeps it."""
+    schedulefree = pytest.importorskip("schedulefree")
+
+    def state(make):
+        torch._dynamo.reset()
+        torch.manual_seed(5)
+        model = TwoBlocks(INNER)
+        backend = gws_compile.backend(bits=gws_compile.LearnedBits(average=5.0), inner="eager")
+        compiled = torch.compile(model, backend=backend)
+        backend.prepare(model, torch.randn(8, 40))
+        (optimizer,) = started([make(list(backend.parameters()))])
+        (loss_of(compiled, torch.randn(8, 40)) + backend.bit_loss()).backward()
+        size = sum(p.grad.double().abs().sum().item() for p in backend.parameters())
+        optimizer.step()
+        overwritten = sum(p.grad.double().abs().sum().item() for p in backend.parameters()) != size
+        return backend.state_dict()["steering"], size, overwritten
+
+    kept, size, overwritten = state(lambda parameters: torch.optim.Adam(parameters, lr=0.02))
+    assert not overwritten
+    found, same_size, overwritten = state(lambda parameters: schedulefree.AdamWScheduleFree(parameters, lr=0.02))
+    assert overwritten
+    assert same_size == size > 0
+    assert torch.equal(found["scale"], kept["scale"])
+    assert kept["scale"].item() == pytest.approx(size / gws_compile.LearnedBits().rule.slope, rel=1e-5)
+
+
 def test_an_optimizer_that_is_none_of_torchs_is_served_by_step():
     """A class of its own is not seen: `Backend.step` draws anew, and without it the usual warning comes."""
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from gws_compile.runtime.optimizer_hooks import after_each_step
+from gws_compile.runtime import optimizer_hooks
+from gws_compile.runtime.optimizer_hooks import after_each_step, before_each_step
 from gws_compile.runtime.step_rounds import StepRounds
 
 
@@ -46,18 +47,43 @@ def test_an_observer_that_is_collected_while_an_optimizer_steps():
 
 
 def test_observers_that_have_gone_leave_nothing_behind():
-    from gws_compile.runtime import optimizer_hooks
-
     optimizer = optimizer_of(nn.Linear(2, 2))
     gc.collect()
     optimizer.step()
-    before = len(optimizer_hooks._followers)
+    before = len(optimizer_hooks.after)
     observers = [Observer() for _ in range(3)]
     optimizer.step()
-    assert len(optimizer_hooks._followers) == before + 3
+    assert len(optimizer_hooks.after) == before + 3
     del observers
     optimizer.step()
-    assert len(optimizer_hooks._followers) == before
+    assert len(optimizer_hooks.after) == before
+
+
+def test_before_a_step_the_gradients_are_those_of_backward():
+    """Not before a step with a closure, which computes them inside."""
+
+    class Watcher:
+        def __init__(self):
+            self.before, self.after = [], []
+            before_each_step(self, lambda watcher, optimizer: watcher.before.append(gradient(optimizer)))
+            after_each_step(self, lambda watcher, optimizer: watcher.after.append(gradient(optimizer)))
+
+    def gradient(optimizer):
+        return optimizer.param_groups[0]["params"][0].grad.sum().item()
+
+    class Overwriting(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad.zero_()
+
+    watcher, model = Watcher(), nn.Linear(2, 2)
+    optimizer = Overwriting(model.parameters(), lr=0.1)
+    for closure in ((), (lambda: None,)):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step(*closure)
+    assert (watcher.before, watcher.after) == ([4.0], [0.0, 0.0])
 
 
 @pytest.mark.parametrize(
