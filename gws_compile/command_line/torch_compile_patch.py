@@ -28,6 +28,9 @@ from .named_backend import stands_for
 # torch.compile's own decorator form.
 _PASSED_THROUGH = ("torch", "torch.compiler", "torch.nn.modules.module")
 
+# Libraries that compile functions of their own, some of them at import: an optimizer's update, a cast of its state.
+_OPTIMIZERS = ("bitsandbytes", "torchao")
+
 
 AUTO = "--auto"
 """Makes a call of a module that is trained."""
@@ -144,7 +147,7 @@ class TorchCompilePatch:
         compilers.compile_in_place(module, self._original, backend=self.backend)
         self._here[module] = True
         self.kinds.add(module)
-        self.calls.add(CompileCall(caller()[1], type(module).__name__, taken=True, reason=reason))
+        self.calls.add(CompileCall(Caller.find().where, type(module).__name__, taken=True, reason=reason))
 
     def compiled_by_script(self, module: nn.Module) -> bool:
         """Whether the script has compiled the module itself, by ``torch.compile`` or in place."""
@@ -153,8 +156,9 @@ class TorchCompilePatch:
     def _redirected(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments with the backend exchanged where the default one is asked for."""
         model = args[0] if args else kwargs.get("model")
-        module, where = caller()
-        if module not in _PASSED_THROUGH and module.partition(".")[0] in ("torch", "gws_compile"):
+        caller = Caller.find()
+        where = caller.where
+        if caller.is_of_torch or (caller.is_of_optimizer and _module_of(model) is None):
             return kwargs  # compiles something of its own
         backend = kwargs.get("backend")
         if backend is None:
@@ -196,8 +200,7 @@ class TorchCompilePatch:
         """Note a call that has a gws backend."""
         self.calls.add(call)
         if backend is self.backend:
-            module = getattr(model, "__self__", model)  # Module.compile compiles a bound method
-            if isinstance(module, nn.Module):
+            if (module := _module_of(model)) is not None:
                 self.kinds.add(module)
         elif backend is not None:
             self._met(backend)
@@ -220,20 +223,54 @@ class TorchCompilePatch:
         return {key: value for key, value in kwargs.items() if key not in ("mode", "options")}
 
 
-def caller() -> tuple[str, str]:
+@dataclass(frozen=True)
+class Caller:
     """Who calls torch.compile.
 
-    Returns:
-        The name of the module that calls, and ``file:line`` of the first frame that is neither torch's nor this
-        package's.
+    Attributes:
+        where: ``file:line`` of the first frame that is neither torch's nor this package's.
+        is_of_torch: a function of torch or of this package asks for something of its own.
+        is_of_optimizer: that frame is in a method of an optimizer, or in a library of optimizers.
     """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and _module(frame) == __name__:
-        frame = frame.f_back
-    direct = "" if frame is None else _module(frame)
-    while frame is not None and _module(frame).partition(".")[0] in ("torch", "gws_compile"):
-        frame = frame.f_back
-    return direct, "an unknown place" if frame is None else f"{_short(frame.f_code.co_filename)}:{frame.f_lineno}"
+
+    where: str
+    is_of_torch: bool
+    is_of_optimizer: bool
+
+    @classmethod
+    def find(cls) -> Caller:
+        """Look at this thread's stack."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and _module(frame) == __name__:
+            frame = frame.f_back
+        direct = "" if frame is None else _module(frame)
+        while frame is not None and _package(_module(frame)) in ("torch", "gws_compile"):
+            frame = frame.f_back
+        return cls(
+            "an unknown place" if frame is None else f"{_short(frame.f_code.co_filename)}:{frame.f_lineno}",
+            direct not in _PASSED_THROUGH and _package(direct) in ("torch", "gws_compile"),
+            frame is not None and (_package(_module(frame)) in _OPTIMIZERS or _is_method_of_optimizer(frame)),
+        )
+
+
+def _is_method_of_optimizer(frame: FrameType) -> bool:
+    code = frame.f_code
+    owner = code.co_qualname.rpartition(".")[0]
+    if not owner or not code.co_argcount:
+        return False
+    first = frame.f_locals.get(code.co_varnames[0])
+    # A function of a script may have an optimizer for its first argument, too.
+    return isinstance(first, torch.optim.Optimizer) and owner in {kind.__qualname__ for kind in type(first).__mro__}
+
+
+def _module_of(target: object) -> nn.Module | None:
+    """The module that is to be compiled; Module.compile compiles a bound method. None for a function."""
+    module = getattr(target, "__self__", target)
+    return module if isinstance(module, nn.Module) else None
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def _module(frame: FrameType) -> str:

@@ -52,6 +52,7 @@ class OptimizerRecord:
         plain: the steps before which nothing was sampled.
         in_a_row: the plain ones since the last step that was none.
         weights: what it moved in its first plain step that another followed.
+        warned: it has been told of while the script runs.
     """
 
     kind: str
@@ -60,6 +61,7 @@ class OptimizerRecord:
     plain: int = 0
     in_a_row: int = 0
     weights: list[PlainWeight] = field(default_factory=list)
+    warned: bool = False
 
     def names(self) -> list[str]:
         """Its weights without those that a report accounts for."""
@@ -116,20 +118,34 @@ class TrainingWatch:
             record.in_a_row += 1
             if record.plain == 2:  # one alone is never told of, and names may be in the process's objects alone
                 record.weights = self._named(weights)
-            if record.in_a_row == MANY_PLAIN_STEPS and record.names() and self._expects_noise():
-                _warn(record)
+            if record.in_a_row == MANY_PLAIN_STEPS and not record.warned and record.names() and self._expects_noise():
+                self._warn_of(record)
+
+    def _warn_of(self, record: OptimizerRecord) -> None:
+        """Warn, in one message of all that are as far: there may be an optimizer for each parameter."""
+        alike = [
+            one
+            for one in self._records
+            if one.kind == record.kind and one.in_a_row >= MANY_PLAIN_STEPS - 1 and not one.warned
+        ]
+        for one in alike:
+            one.warned = True
+        _warn(record.kind, [name for one in alike for name in one.names()])
 
     def told(self) -> list[str]:
-        """A sentence for each optimizer whose steps had no sampled forward before them.
+        """A sentence for the optimizers of one kind whose steps had no sampled forward before them, alike in number.
 
-        A single one is passed over: ``torch.distributed.checkpoint`` takes it to fill an optimizer's state.
+        A single step is passed over: ``torch.distributed.checkpoint`` takes it to fill an optimizer's state.
         """
+        alike: dict[tuple[str, int, int], list[str]] = {}
+        for record in self._records:
+            if names := record.names():
+                alike.setdefault((record.kind, record.plain, record.steps), []).extend(names)
         return [
-            f"{record.plain} of {record.steps} optimizer steps ({record.kind} of {_listed(names)}) had no sampled "
-            "training forward before them: they trained without noise. What is called as a module is compiled: call "
-            "model(...), not model.forward(...) or a part of the model"
-            for record in self._records
-            if (names := record.names())
+            f"{plain} of {steps} optimizer steps ({kind} of {_listed(names)}) had no sampled training forward before "
+            "them: they trained without noise. What is called as a module is compiled: call model(...), not "
+            "model.forward(...) or a part of the model"
+            for (kind, plain, steps), names in alike.items()
         ]
 
     def _meant_for_noise(self, optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, tuple[Slot, ...]]]:
@@ -181,9 +197,9 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
-def _warn(record: OptimizerRecord) -> None:
+def _warn(kind: str, names: Sequence[str]) -> None:
     warnings.warn(
-        f"{MANY_PLAIN_STEPS} optimizer steps ({record.kind} of {_listed(record.names())}) one after another had no "
+        f"{MANY_PLAIN_STEPS} optimizer steps ({kind} of {_listed(names)}) one after another had no "
         "sampled training forward before them: these weights train without noise. gws run compiles what is called as a "
         "module: call model(...), not model.forward(...) or a part of the model",
         GwsWarning,

@@ -26,7 +26,7 @@ from ..report.report import Report
 from ..runtime.binding import Bindings
 from ..runtime.clock import Clock
 from ..runtime.grid_writer import GridWriter
-from ..runtime.optimizer_hooks import after_each_step
+from ..runtime.optimizer_hooks import after_each_step, before_each_step
 from ..runtime.weight_registry import WeightRegistry
 from ..runtime.weight_slots import Slot, WeightSlots
 from ..torch_internals.compilers import compiled_modules, untraced_of, unwrapped
@@ -73,6 +73,8 @@ class Backend:
         if self._writer is not None:  # behind the clock, for the words of the draw that comes
             after_each_step(self._writer, GridWriter.after_step)
         if self._learned is not None:
+            if self._learned.constraint is not None:
+                before_each_step(self._learned, LearnedWidths.before_step)
             after_each_step(self._learned, LearnedWidths.after_step)
 
     @property

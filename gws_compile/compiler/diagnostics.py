@@ -14,9 +14,11 @@ from ..numerics.scales import STORAGE
 from ..passes import Weight, treatment_of
 from ..report.untraced import is_table, is_untraced
 from ..runtime.sampled_weights import unique_names
+from ..runtime.step_rounds import StepRounds
 from ..runtime.weight_slots import Slot, WeightSlots
 from ..settings.rules import Rule
 from ..source_names import parameter_path
+from ..torch_internals.autograd import at_end_of_backward, inside_backward
 from ..warning import GwsWarning
 from ..weight_names import first_match
 
@@ -61,10 +63,12 @@ class Diagnostics:
         self._find_given = find_given
         self._any_given = False
         self._untraced: list[weakref.ref[nn.Module]] = []
+        self._rounds = StepRounds()
         self._steps = 0
         self._steps_since_given = 0
         self._any_named = False
-        self._covered = False
+        self._covered: weakref.WeakSet[object] = weakref.WeakSet()
+        self._trained_plain: set[Slot] = set()
         self._effective: set[str] = set()
         self._deciding: set[Rule] = set()
         self._any_rewritten = False
@@ -84,7 +88,7 @@ class Diagnostics:
         self._check_names(weights)
         self._graphs += 1
         self._any_parameters |= has_parameters
-        self._covered = False
+        self._covered.clear()
         for pattern in config.include or ():
             self._check_include(pattern, weights)
         for pattern in config.exclude:
@@ -108,14 +112,20 @@ class Diagnostics:
                 self._say(f"no weight has been rewritten so far: {what}")
 
     def optimizer_stepped(self, optimizer: object) -> None:
-        """Check, behind an optimizer step, that training goes through the compiled graphs at all."""
-        if self._steps % MANY_STEPS == 0 and (not self._steps or not self._any_parameters):
-            self._look_for_given_modules()  # among all objects: now and then
-        self._steps += 1
-        if not self._any_parameters:
-            self._count_step_without_parameters()
-        if not self._covered:
-            self._covered = self._any_parameters
+        """Check, behind an optimizer step, that training goes through the compiled graphs at all.
+
+        Of several optimizers each is looked at: one that steps inside backward may have taken the gradients of its
+        parameters away when the next one steps.
+        """
+        if self._rounds.begins_with(optimizer):
+            if self._steps % MANY_STEPS == 0 and (not self._steps or not self._any_parameters):
+                self._look_for_given_modules()  # among all objects: now and then
+            self._steps += 1
+            if not self._any_parameters:
+                self._count_step_without_parameters()
+        if optimizer not in self._covered:
+            if self._any_parameters:
+                self._covered.add(optimizer)
             self._check_trained()
 
     def _look_for_given_modules(self) -> None:
@@ -137,6 +147,17 @@ class Diagnostics:
     def _check_trained(self) -> None:
         """Say which weights have got a gradient without being sampled, where noise is what the user asked for."""
         trained = [slot for slot in self._slots if self._is_trained_plain(slot)]
+        if not inside_backward():
+            self._tell_of(trained)
+        elif trained:
+            self._trained_plain.update(trained)
+            at_end_of_backward(self._tell_of_backward)  # of all weights at once
+
+    def _tell_of_backward(self) -> None:
+        found, self._trained_plain = self._trained_plain, set()
+        self._tell_of([slot for slot in self._slots if slot in found])
+
+    def _tell_of(self, trained: Sequence[Slot]) -> None:
         names = unique_names(trained)
         said = [module() for module in self._untraced]
         roots = {slot: None if slot.root is None else slot.root() for slot in trained}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..runtime.step_rounds import StepRounds
 from ..settings.learned_bits import LearnedBits
 from ..warning import GwsWarning
 from .average_constraint import AverageConstraint
@@ -40,7 +41,11 @@ class LearnedWidths:
         self._scheduled = scheduled
         self.history = WidthHistory(self.parameters.rule.min, self.parameters.rule.max)
         self.constraint = None if settings.average is None else AverageConstraint(settings.average)
+        self._rounds = StepRounds()
+        self._kept: dict[str, torch.Tensor] = {}  # the gradients in front of the step that is being taken
+        self._gradients: dict[str, torch.Tensor] = {}  # of the widths that have moved in this training step
         self._followed: set[str] = set()
+        self._unheld: set[str] = set()
         self._waited = 0
 
     def summary(self) -> BitsSummary | None:
@@ -74,17 +79,43 @@ class LearnedWidths:
     def _widths_and_shares(self) -> tuple[torch.Tensor, torch.Tensor]:
         return widths_and_shares(self.parameters.by_name.values(), self.parameters.rule)
 
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """In front of an optimizer's step: keep the gradients, which some optimizers overwrite (schedule-free)."""
+        if not self.parameters.frozen:
+            self._kept = _gradients(self._held_by(optimizer), getattr(optimizer, "grad_scale", None))
+
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Behind an optimizer's step: move the multiplier; notice widths that no optimizer holds."""
-        weights = self.parameters.by_name.values()
+        """Behind an optimizer's step: move the multiplier; notice widths that no optimizer holds.
+
+        Where several optimizers have the widths, one for each parameter perhaps, a training step has ended with the
+        last of them.
+        """
+        kept, self._kept = self._kept, {}
+        weights = self.parameters.by_name
         if self.parameters.frozen or not weights:
             return
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        followed = {name for name, weight in self.parameters.by_name.items() if id(weight.parameter) in held}
-        self._followed |= followed
-        self._notice_unfollowed()
+        if self._rounds.begins_with(optimizer):
+            self._notice_unfollowed()
+        followed = self._held_by(optimizer)
+        self._followed |= followed.keys()
         if not followed:
             return
+        if self._gradients.keys() & followed.keys():  # the last training step has ended without some widths
+            self._unheld = weights.keys() - self._gradients.keys()
+            self._end_step()
+        self._gradients |= kept if kept.keys() == followed.keys() else _gradients(followed)
+        if self._gradients.keys() | self._unheld >= weights.keys():
+            self._end_step()
+
+    def _held_by(self, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+        """The width parameters that an optimizer has, by the weights' names."""
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        named = self.parameters.by_name.items()
+        return {name: weight.parameter for name, weight in named if id(weight.parameter) in held}
+
+    def _end_step(self) -> None:
+        """What follows a training step that has moved the widths."""
+        moved, self._gradients = self._gradients, {}
         due = self.history.due()
         if not due and self.constraint is None:
             return
@@ -93,7 +124,9 @@ class LearnedWidths:
         if due:
             self.history.record(widths, shares)
         if self.constraint is not None:
-            gradients = torch.cat([_gradient(weight.parameter).reshape(-1).to(widths.device) for weight in weights])
+            left = {name: w.parameter for name, w in self.parameters.by_name.items() if name not in moved}
+            moved |= _gradients(left)
+            gradients = torch.cat([moved[name].to(widths.device) for name in self.parameters.by_name])
             self.constraint.update((widths * shares).sum(), gradients / self.parameters.rule.slope, shares)
 
     def _notice_unfollowed(self) -> None:
@@ -136,5 +169,18 @@ class LearnedWidths:
             self.constraint.restore(steering)
 
 
-def _gradient(parameter: nn.Parameter) -> torch.Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+def _gradients(parameters: Mapping[str, nn.Parameter], scale: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """Copies of the gradients, zeros where there are none, flat; made at once.
+
+    Args:
+        parameters: by name.
+        scale: what the gradients have been multiplied with; that of ``GradScaler``, which a fused optimizer divides by.
+    """
+    if not parameters:
+        return {}
+    flat = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values()]
+    device = flat[0].device
+    joined = torch.cat([gradient.detach().reshape(-1).to(device) for gradient in flat])
+    if scale is not None:
+        joined = joined / scale.to(device)
+    return dict(zip(parameters, joined.split([gradient.numel() for gradient in flat]), strict=True))

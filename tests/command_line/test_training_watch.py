@@ -163,3 +163,34 @@ def test_a_single_step_and_one_without_gradients(watched):
     assert watch.told() == []
     step(optimizer, copy.copy(model).forward)
     assert len(watch.told()) == 1
+
+
+def test_an_optimizer_for_each_parameter_is_one_sentence(watched):
+    """And one warning, though their fiftieth steps come one after another, inside backward."""
+    backend, watch = watched()
+    model = Net()
+    compiled = torch.compile(model, backend=backend)
+    optimizers = {p: torch.optim.SGD([p], lr=0.01) for p in model.parameters()}
+
+    def update(parameter):
+        optimizers[parameter].step()
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(update)
+
+    def train(call, steps):
+        for _ in range(steps):
+            call(torch.randn(4, 40)).square().mean().backward()
+
+    train(compiled, 3)
+    assert watch.told() == []
+    train(model.forward, MANY_PLAIN_STEPS - 1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(model.forward, 2)
+    (said,) = [str(w.message) for w in caught if "had no sampled training forward" in str(w.message)]
+    (told,) = watch.told()
+    assert f"{MANY_PLAIN_STEPS} optimizer steps (SGD of " in said
+    assert f"{MANY_PLAIN_STEPS + 1} of {MANY_PLAIN_STEPS + 4} optimizer steps (SGD of " in told
+    assert all(name in text for name in ("up.weight", "down.weight") for text in (said, told))

@@ -9,6 +9,7 @@ from support.small_models import traces_own_modules
 from torch import nn
 
 import gws_compile
+from gws_compile.compiler.diagnostics import MANY_STEPS
 
 FMT = "fp4_e2m1"
 
@@ -159,3 +160,58 @@ def test_what_is_no_read_is_not_said():
 
     model, backend = Model(), gws_compile.backend(FMT, inner="eager")
     assert said_by_training(model, torch.compile(model, backend=backend), torch.randn(4, 8)) == []
+
+
+class Partly(nn.Module):
+    """Two layers that run eagerly, before and behind a compiled one."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.body, self.behind = nn.Linear(8, 8), Reads("autograd.Function"), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.behind(self.body(self.before(x)))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_optimizers_that_step_inside_backward_and_drop_the_gradients(strict):
+    """No optimizer's step sees more gradients than its own: what they have seen is said together, behind backward."""
+    model = Partly()
+    settings = {"strict": True, "include": ["*.weight"]} if strict else {}
+    model.body.compile(backend=gws_compile.backend(FMT, inner="aot_eager", **settings))
+    optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+
+    def step(parameter):
+        optimizers[parameter].step()
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    if strict:
+        with pytest.raises(ValueError, match=r"strict=True: .* graph has them: before.weight, behind.weight"):
+            model(torch.randn(4, 8)).square().mean().backward()
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            model(torch.randn(4, 8)).square().mean().backward()
+    said = [str(w.message) for w in caught if issubclass(w.category, gws_compile.GwsWarning)]
+    assert len(said) == 2
+    assert "no compiled graph has them: before.weight, behind.weight. Part of" in said[0]
+    assert "though a compiled graph may multiply by them: body.big: " in said[1]
+
+
+def test_steps_of_several_optimizers_are_counted_as_one():
+    """With sixty optimizers a first training step is no fifty steps."""
+    backend = gws_compile.backend("e3m5", inner="eager")
+    waiting = torch.compile(Reads("computed"), backend=backend)
+    parameters = [nn.Parameter(torch.zeros(1)) for _ in range(60)]
+    optimizers = [torch.optim.SGD([p], lr=0.1) for p in parameters]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=r".*this backend \(fp9_e3m5\)")
+        for _ in range(MANY_STEPS - 1):
+            for optimizer in optimizers:
+                optimizer.step()
+    with pytest.warns(gws_compile.GwsWarning, match=rf"{MANY_STEPS} optimizer steps, .* \(fp9_e3m5\) has"):
+        optimizers[0].step()
+    assert waiting is not None

@@ -71,9 +71,10 @@ def test_optimizers_are_followed(kind, net):
     assert backend.state_dict()["step"] == 4
 
 
-def test_a_compiled_optimizer_step_is_not_compiled_again():
+@pytest.mark.parametrize("bits", [None, gws_compile.LearnedBits(average=5.0)], ids=["fixed", "learned"])
+def test_a_compiled_optimizer_step_is_not_compiled_again(bits):
     model = Net()
-    backend = gws_compile.backend(inner="eager")
+    backend = gws_compile.backend(bits=bits, inner="eager")
     compiled = torch.compile(model, backend=backend)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     counter = torch._dynamo.testing.CompileCounter()
