@@ -113,6 +113,7 @@ class Backend:
             gm,
             example_inputs,
             lambda module, inputs: compile_graph(module, inputs, self.config.inner, None, mode, options),
+            alone=not self.graphs,
         )
         if compiled is not None:
             return compiled

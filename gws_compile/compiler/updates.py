@@ -47,7 +47,7 @@ class CompiledUpdates:
         self.count, self._ran = self.count + self._ran, False
 
     def __call__(
-        self, gm: fx.GraphModule, example_inputs: Sequence[Any], compile: Compile
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], compile: Compile, *, alone: bool
     ) -> Callable[..., Any] | None:
         """Rewrite and compile the graph of an optimizer's step.
 
@@ -55,6 +55,8 @@ class CompiledUpdates:
             gm: Dynamo's graph.
             example_inputs: its inputs.
             compile: compiles the rewritten graph.
+            alone: the backend has had no other graphs, so that wide parameters are worth a word. A function that is a
+                whole training step has them too.
 
         Returns:
             What takes the graph's inputs; None for a graph that is no optimizer's.
@@ -63,7 +65,8 @@ class CompiledUpdates:
         if not parameters:
             return None
         if not any(parameter.dtype in GRIDS for parameter in parameters):
-            self._notice_wide(parameters[0].dtype)
+            if alone:
+                self._notice_wide(parameters[0].dtype)
             return compile(gm, example_inputs)
         rewritten = round_updates(gm)
         # The same in every process and on every rank.

@@ -87,6 +87,16 @@ def test_an_optimizer_compiles_with_torchs_own_backend(asked):
     assert [(call.target, call.taken) for call in patch.calls.seen] == [("Linear", True)]
 
 
+def test_a_compiled_step_is_the_optimizers_unless_the_backend_is_named(asked):
+    seen, patch = asked
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2, 2))])
+    own = Backend(Config.make("bf16"))
+    torch.compile(optimizer.step)
+    torch.compile(optimizer.step, backend=own)
+    assert seen == ["inductor", own]
+    assert [call.taken for call in patch.calls.seen] == []
+
+
 def compile_loss(optimizer):
     return torch.compile(lambda x: x * len(optimizer.param_groups))
 
