@@ -68,6 +68,7 @@ from gws_compile.config import SETTINGS, Config
         ("inner", "eager", "eager"),
         ("strict", "1", True),
         ("strict", "No", False),
+        ("master", "false", False),
     ],
 )
 def test_text_and_environment(name, text, value):
@@ -93,6 +94,7 @@ def test_text_and_environment(name, text, value):
         ("GWS_SCHEDULE", "bits=8", "GWS_SCHEDULE='bits=8': Schedule.bits takes points (step, bit width)"),
         ("GWS_INCLUDE", "", "GWS_INCLUDE='': include takes globs"),
         ("GWS_SEED", "x", "GWS_SEED='x': seed must be an int"),
+        ("GWS_MASTER", "maybe", "GWS_MASTER='maybe': master must be True or False, got 'maybe'"),
         ("GWS_STRICT", "maybe", "GWS_STRICT='maybe': strict must be True or False, got 'maybe'"),
         ("GWS_INNER", "nvfuser", "GWS_INNER='nvfuser': inner must be one of 'inductor'"),
     ],
