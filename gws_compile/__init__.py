@@ -54,6 +54,7 @@ from .settings.model_blocks import edge_blocks
 from .settings.operands import Operand
 from .settings.recipe import Recipe
 from .settings.schedule import Schedule
+from .settings.sparsity import PrunedGroups
 from .warning import GwsWarning
 
 __version__ = "0.1.0"
@@ -77,6 +78,7 @@ __all__ = [
     "Operand",
     "Preset",
     "ProductRecord",
+    "PrunedGroups",
     "ReadRecord",
     "Recipe",
     "Report",

@@ -4,6 +4,7 @@
     select_weights  says how each is sampled, or why it is left alone             changes nothing
     insert_samples  puts ``gws::sample_weight`` between a weight and its reads         new nodes, new inputs
     fold_casts      has a sample come in the dtype that its reads convert it to        the samples' arguments
+    insert_masks    has what a sparse weight does not keep be zero, in front of a sample and behind it     new nodes
     mark_recompute  marks the samples that backward is to draw again                   the samples' metadata
     round_attention takes attention apart and rounds what it multiplies                new nodes, a clock
 
@@ -33,6 +34,7 @@ from .find_reads import find_reads
 from .fold_casts import fold_casts
 from .graph_walk import samples
 from .input_layout import InputLayout, LearnedInput
+from .insert_masks import insert_masks, without_masks
 from .insert_samples import insert_samples, without_samples
 from .mark_recompute import mark_recompute, without_marks
 from .rewrite_context import AttentionUse, Rewrite
@@ -76,6 +78,7 @@ def passes_of(
         Pass(select_weights, {"config": config}),
         Pass(insert_samples, {"config": config}, without=without_samples),
         Pass(fold_casts, {}, without=lambda rewrite: None),
+        Pass(insert_masks, {}, without=without_masks),
         Pass(mark_recompute, {"backward": config.backward}, without=without_marks),
         Pass(
             round_attention,

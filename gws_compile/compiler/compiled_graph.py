@@ -95,7 +95,7 @@ def _compile(
     options: dict[str, Any] | None,
 ) -> Compiled:
     if inner != "eager":
-        from ..codegen import lowering  # noqa: F401  (registers the operator's lowering; imports Inductor)
+        from ..codegen import lowering, masks  # noqa: F401  (register the operators' lowerings; import Inductor)
     if inner == "inductor":
         return compilers.inductor_compile(gm, inputs, mode=mode, options=options, graph_pass=graph_pass)
     if graph_pass is not None:
@@ -176,7 +176,7 @@ class CompiledGraph:
         self._forms = forms
         self._training = rewritten.layout.training
         may_draw = any(
-            (w.sampled_as.noise != "none" and w.trainable) or w.products.draws or w.products.scheduled
+            (w.sampled_as.noise != "none" and w.trainable) or w.products.draws or w.keyed
             for w in rewritten.selected
         )
         self._may_be_noisy = may_draw and not rewritten.gradients

@@ -1,0 +1,191 @@
+"""The operators of sparse weights: ``gws::element_mask`` and ``gws::group_mask``, which say what of a weight is kept,
+and ``gws::apply_mask``, which keeps it.
+
+The masks are computed from the weight as it is, in every forward; there is no state. Their arithmetic is
+`gws_compile.numerics.sparsity`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..numerics import sparsity
+from ..settings.sparsity import KeptElements, PrunedGroups, Sparsity
+from .sample_arguments import OPERATOR_VERSION
+
+
+@torch.library.custom_op("gws::element_mask", mutates_args=())
+def element_mask(w: torch.Tensor, batch_dims: int, over_rows: bool, kept: int, of: int, version: int) -> torch.Tensor:
+    """The mask of N of M.
+
+    Args:
+        w: the weight, float32, bfloat16 or float16, two or more dims.
+        batch_dims: see `gws_compile.numerics.blocks.matrix_shape`.
+        over_rows: groups run over the rows of its matrices, not over the columns.
+        kept, of: N and M; M divides the side that groups run over.
+        version: `OPERATOR_VERSION`.
+
+    Returns:
+        bool, shape and strides of ``w``; see `gws_compile.numerics.sparsity.element_mask`.
+    """
+    return sparsity.element_mask(w, batch_dims, kept, of, over_rows=over_rows)
+
+
+@element_mask.register_fake
+def _(w: torch.Tensor, batch_dims: int, over_rows: bool, kept: int, of: int, version: int) -> torch.Tensor:
+    _check_version(version)
+    return torch.empty_like(w, dtype=torch.bool)
+
+
+@torch.library.custom_op("gws::group_mask", mutates_args=())
+def group_mask(
+    w: torch.Tensor,
+    clock: torch.Tensor | None,
+    batch_dims: int,
+    rows: bool,
+    share: float,
+    start: int,
+    stop: int,
+    version: int,
+) -> torch.Tensor:
+    """The mask of pruned rows or columns.
+
+    Args:
+        w, batch_dims, version: of `element_mask`.
+        clock: see `gws_compile.ops.sample_weight.sample_weight`: the number of the draw says what of the share is
+            pruned. None where that does not change.
+        rows: rows are pruned, else columns.
+        share: of them, which is not kept.
+        start, stop: of `gws_compile.PrunedGroups`.
+
+    Returns:
+        bool, of `gws_compile.numerics.sparsity.group_shape`; see `gws_compile.numerics.sparsity.group_mask`.
+    """
+    groups = PrunedGroups(share, start=start, stop=stop)
+    count = w.shape[batch_dims if rows else batch_dims + 1]
+    step = 0 if clock is None else clock[0].to(torch.int64) & 0xFFFFFFFF
+    return sparsity.group_mask(w, batch_dims, groups.count(count, step), rows=rows)
+
+
+@group_mask.register_fake
+def _(
+    w: torch.Tensor,
+    clock: torch.Tensor | None,
+    batch_dims: int,
+    rows: bool,
+    share: float,
+    start: int,
+    stop: int,
+    version: int,
+) -> torch.Tensor:
+    _check_version(version)
+    return w.new_empty(sparsity.group_shape(w.shape, batch_dims, rows=rows), dtype=torch.bool)
+
+
+@torch.library.custom_op("gws::apply_mask", mutates_args=(), tags=(torch.Tag.pointwise,))
+def apply_mask(x: torch.Tensor, mask: torch.Tensor, through: torch.Tensor | None, version: int) -> torch.Tensor:
+    """``x`` where the mask is set, else 0.
+
+    Args:
+        x: the weight, or its sample.
+        mask: bool, of its shape, or of one that goes with it.
+        through: the weight, which gets all of the gradient, that of what is not kept too (straight through, as SR-STE
+            has it without its decay, arXiv 2102.04010), so that it can come back. ``x`` then gets that of what is kept,
+            for learned widths. None where the gradient is that of what is kept, to ``x``.
+        version: `OPERATOR_VERSION`.
+
+    Returns:
+        Shape, strides and dtype of ``x``.
+    """
+    return sparsity.keep(x, mask)
+
+
+@apply_mask.register_fake
+def _(x: torch.Tensor, mask: torch.Tensor, through: torch.Tensor | None, version: int) -> torch.Tensor:
+    _check_version(version)
+    return torch.empty_like(x)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, mask, through, _ = inputs
+    ctx.through = None if through is None else through.dtype
+    if ctx.needs_input_grad[0]:
+        ctx.save_for_backward(mask)
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    kept = None
+    if ctx.needs_input_grad[0]:
+        (mask,) = ctx.saved_tensors
+        kept = apply_mask(grad, mask, None, OPERATOR_VERSION)
+    return kept, None, None if ctx.through is None else grad.to(ctx.through), None
+
+
+apply_mask.register_autograd(_backward, setup_context=_setup_context)
+
+
+@dataclass(frozen=True)
+class WeightMask:
+    """How the mask of one weight is computed.
+
+    Attributes:
+        sparsity: what is kept.
+        batch_dims: see `gws_compile.numerics.blocks.matrix_shape`.
+        over_rows: its products sum over the rows of its matrices, not over the columns.
+    """
+
+    sparsity: Sparsity
+    batch_dims: int
+    over_rows: bool
+
+    @property
+    def gradual(self) -> bool:
+        """Whether it depends on the draw."""
+        return isinstance(self.sparsity, PrunedGroups) and self.sparsity.gradual
+
+    @property
+    def prunes_rows(self) -> bool:
+        """Whether the groups that are pruned are rows of what is stored."""
+        assert isinstance(self.sparsity, PrunedGroups)
+        return (self.sparsity.groups == "rows") != self.over_rows
+
+    def call(self, w: Any, clock: Any) -> tuple[Any, tuple[Any, ...]]:
+        """The operator and its arguments, for a graph.
+
+        Args:
+            w: the weight's node.
+            clock: the clock's; not needed where it is not `gradual`.
+        """
+        if isinstance(self.sparsity, KeptElements):
+            given = (w, self.batch_dims, self.over_rows, self.sparsity.kept, self.sparsity.of, OPERATOR_VERSION)
+            return torch.ops.gws.element_mask.default, given
+        groups = self.sparsity
+        steps = (groups.start, groups.stop)
+        clock = clock if groups.gradual else None
+        given = (w, clock, self.batch_dims, self.prunes_rows, float(groups.share), *steps, OPERATOR_VERSION)
+        return torch.ops.gws.group_mask.default, given
+
+    def example(self, w: torch.Tensor) -> torch.Tensor:
+        """A tensor like the mask of a weight, with no values in it."""
+        if isinstance(self.sparsity, KeptElements):
+            return torch.empty_like(w, dtype=torch.bool)
+        return w.new_empty(sparsity.group_shape(w.shape, self.batch_dims, rows=self.prunes_rows), dtype=torch.bool)
+
+    def of(self, w: torch.Tensor, step: int) -> torch.Tensor:
+        """The mask of a whole weight at a draw: bool, of a shape that goes with it."""
+        if isinstance(self.sparsity, KeptElements):
+            kept, of = self.sparsity.kept, self.sparsity.of
+            return sparsity.element_mask(w, self.batch_dims, kept, of, over_rows=self.over_rows)
+        rows = self.prunes_rows
+        pruned = self.sparsity.count(w.shape[self.batch_dims if rows else self.batch_dims + 1], step)
+        return sparsity.group_mask(w, self.batch_dims, pruned, rows=rows)
+
+
+def _check_version(version: int) -> None:
+    if version != OPERATOR_VERSION:
+        raise RuntimeError(
+            f"gws_compile's arithmetic is at version {OPERATOR_VERSION}, the graph was made for {version}"
+        )
