@@ -39,6 +39,7 @@ from .compiler.backend import Backend
 from .config import DEFAULT_EXCLUDE
 from .deploy.export_report import ExportedWeight, ExportReport
 from .deploy.manifest import load_export
+from .deploy.slicing import slice_pruned
 from .learned_bits.summary import BitsSummary
 from .numerics.formats import FORMATS, FloatFormat
 from .numerics.integers import IntFormat
@@ -92,4 +93,5 @@ __all__ = [
     "named_backend",
     "quantize",
     "sample",
+    "slice_pruned",
 ]

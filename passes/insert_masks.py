@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from gws_compile.ops.masks import WeightMask
-from gws_compile.ops.sample_arguments import OPERATOR_VERSION, SampleArguments
+from gws_compile.ops.masks import VERSION, WeightMask
+from gws_compile.ops.sample_arguments import SampleArguments
 from gws_compile.torch_internals.graphs import example_value
 
 from .clocks import Clocks
@@ -76,7 +76,7 @@ class _Inserter:
         in_front = self._in_front(sample, mask, given.w)
         *_, mask_node, kept = in_front
         with graph.inserting_after(node):
-            behind = _call(graph, node, _APPLY, (node, mask_node, given.w, OPERATOR_VERSION), "kept_sample")
+            behind = _call(graph, node, _APPLY, (node, mask_node, given.w, VERSION), "kept_sample")
         behind.meta["example_value"] = example_value(node)
         node.replace_all_uses_with(behind, delete_user_cb=lambda user: user is not behind)
         given.write(node, w=kept)
@@ -93,7 +93,7 @@ class _Inserter:
             detached = _carrying(graph.call_method("detach", (held,)), node)
             target, args = mask.call(detached, clock)
             found = _call(graph, node, target, args, "weight_mask")
-            kept = _call(graph, node, _APPLY, (detached, found, None, OPERATOR_VERSION), "kept_weight")
+            kept = _call(graph, node, _APPLY, (detached, found, None, VERSION), "kept_weight")
             detached.meta["example_value"] = kept.meta["example_value"] = value.detach()
             found.meta["example_value"] = mask.example(value)
         self._made[held] = (detached, found, kept)

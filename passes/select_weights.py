@@ -105,13 +105,19 @@ def _why_dense(weight: Weight, sparsity: Sparsity, whole: tuple[int, ...]) -> st
     _, rows, cols = matrix_shape(whole, dims)
     if isinstance(sparsity, KeptElements):
         summed = rows if over_rows else cols
-        return None if summed % sparsity.of == 0 else f"{sparsity} along a side of {summed}, no multiple of {sparsity.of}"
+        return (
+            None if summed % sparsity.of == 0 else f"{sparsity} along a side of {summed}, no multiple of {sparsity.of}"
+        )
     mask = WeightMask(sparsity, dims, over_rows)
-    count = rows if mask.prunes_rows else whole[dims + 1]
+    lines = rows if mask.prunes_rows else whole[dims + 1]
+    if lines % sparsity.size:
+        return f"groups of {sparsity.size} do not divide its {lines} {sparsity.groups}"
+    count = lines // sparsity.size
     pruned = sparsity.count(count, sparsity.stop)
     if 0 < pruned < count:
         return None
-    return f"a share of {sparsity.share:g} of its {count} {sparsity.groups} is {'none' if pruned == 0 else 'all'} of them"
+    what = f"{count} {sparsity.groups}" if sparsity.size == 1 else f"{count} groups of {sparsity.groups}"
+    return f"a share of {sparsity.share:g} of its {what} is {'none' if pruned == 0 else 'all'} of them"
 
 
 def _check_masked_shard(weight: Weight, shard: ShardRange, sparsity: Sparsity) -> None:

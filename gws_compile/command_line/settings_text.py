@@ -52,7 +52,7 @@ def read(name: str, text: str) -> Any:
             ``"start=100,stop=900,bits=0:8/1000:5,forward=0:9000"`` for a schedule; a format, or
             ``"nvfp4,rounding=stochastic,hadamard=16"``, for activations, gradients and attention, and
             ``"queries=mxfp8;values=fp8_channel"`` for operands of attention; ``"2:4"``, or ``"rows:0.5"``,
-            ``"columns:0.5:100-900"`` (from draw 100 to 900) for sparsity.
+            ``"columns*16:0.5:100-900"`` (in groups of 16, from draw 100 to 900) for sparsity.
 
     Raises:
         ValueError: an unknown or bad argument of `LearnedBits`, `Schedule`, `Operand` or `PrunedGroups`, or no rule.
@@ -305,16 +305,19 @@ def _scale(text: str) -> str | None:
 
 
 def _sparsity(text: str) -> PrunedGroups | str | None:
-    """``2:4``, or ``rows:SHARE`` and ``rows:SHARE:START-STOP``; None from ``none``."""
+    """``2:4``, or ``rows:SHARE``, ``rows*SIZE:SHARE:START-STOP``; None from ``none``."""
     if text == "none":
         return None
-    groups, _, rest = text.partition(":")
+    kind, _, rest = text.partition(":")
+    groups, star, size = kind.partition("*")
     if not groups.isalpha():
         return text
     share, _, steps = rest.partition(":")
     start, _, stop = steps.partition("-")
     given: dict[str, Any] = {"share": _number(share), "groups": groups}
-    return _made(PrunedGroups, given | ({"start": _step(start), "stop": _step(stop)} if steps else {}))
+    given |= {"size": _step(size)} if star else {}
+    given |= {"start": _step(start), "stop": _step(stop)} if steps else {}
+    return _made(PrunedGroups, given)
 
 
 _OPERAND_READERS: dict[str, Callable[[str], Any]] = {

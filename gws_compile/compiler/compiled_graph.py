@@ -176,8 +176,7 @@ class CompiledGraph:
         self._forms = forms
         self._training = rewritten.layout.training
         may_draw = any(
-            (w.sampled_as.noise != "none" and w.trainable) or w.products.draws or w.keyed
-            for w in rewritten.selected
+            (w.sampled_as.noise != "none" and w.trainable) or w.products.draws or w.keyed for w in rewritten.selected
         )
         self._may_be_noisy = may_draw and not rewritten.gradients
         self._takes_nothing = not (rewritten.selected or rewritten.layout.positions)

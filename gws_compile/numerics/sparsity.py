@@ -1,7 +1,7 @@
 """Which elements of a weight are kept: N of M along one side of its matrices, or whole rows or columns.
 
 Nothing here depends on the order in which a device adds or compares. Magnitudes are compared by their bits, and the
-scores of rows and columns are sums of integers; so training, evaluation, an export and every rank have one mask.
+scores of rows and columns are exact sums; so training, evaluation, an export and every rank have one mask.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from .blocks import matrix_shape
 from .float32 import MAGNITUDE
 from .primitives import Primitives, TorchPrimitives, Value
 
-_SCORE_BITS = 62
-"""Bits that the score of a row or column may have."""
+_SCORE_BITS = 53
+"""Bits of a float64's significand."""
 
-_PART_ELEMENTS = 2**22
-"""Elements whose squares are added together: bounds the memory taken, 16 bytes each."""
+_PART_ELEMENTS = 2**17
+"""Elements whose squares are added together, about: they stay in a core's cache."""
 
 
 def rank_in_group(p: Primitives, own: Value, position: Value, other: Callable[[int], Value], size: int) -> Value:
@@ -75,66 +75,63 @@ def group_shape(shape: Sequence[int], batch_dims: int, *, rows: bool) -> list[in
     return [n if dim < batch_dims or dim == side else 1 for dim, n in enumerate(shape)]
 
 
-def group_scores(w: torch.Tensor, batch_dims: int, *, rows: bool) -> torch.Tensor:
-    """The square of the L2 norm of each row or column, in a unit that all of a matrix have in common.
+def group_scores(w: torch.Tensor, batch_dims: int, *, rows: bool, size: int = 1) -> torch.Tensor:
+    """The square of the L2 norm of each row or column, or of several, in a unit that all of a matrix have in common.
 
-    Squares are exact in float64. They are cut to multiples of the unit, and the integers are added, in whatever order:
-    with ``c`` elements a group the unit is ``2**-62 c`` of the square of a power of two above the matrix's maximum.
+    Squares are exact in float64. They are cut to multiples of the unit, which is so large that no sum needs more than
+    the 53 bits of a float64: then every addition is exact, in whatever order. With c elements a group the unit is about
+    ``2**-51 c`` of the square of the matrix's maximum, at most four times as much.
 
     Args:
         w, batch_dims: as in `element_mask`.
-        rows: of each row, else of each column.
+        rows: of rows, else of columns.
+        size: how many that lie side by side are a group.
 
     Returns:
-        int64, (matrices, rows or columns); the largest there is for a group with a NaN or an Inf.
+        float64, (matrices, groups), whole numbers; Inf for a group with a NaN or an Inf.
     """
     matrices, height = matrix_shape(w.shape, batch_dims)[:2]
     across = w.shape[batch_dims + 1]
     y = w.detach().reshape(matrices, height, across, -1)
-    maximum = torch.zeros(matrices, dtype=torch.float32, device=w.device)
-    for part in y.split(_lines(y), 1):
-        finite = torch.where(part.isfinite(), part, 0).abs().to(torch.float32)
-        maximum = torch.maximum(maximum, finite.amax((1, 2, 3)))
-    counted = y.shape[3] * (across if rows else height)
-    bits = _SCORE_BITS - max(counted - 1, 0).bit_length()
-    exponent = torch.frexp(maximum)[1]
-    unit = torch.ldexp(torch.ones_like(maximum, dtype=torch.float64), -exponent)[:, None, None, None]
-    sums, broken = [], []
-    for part in y.split(_lines(y), 1):
-        finite = part.isfinite()
-        scaled = torch.where(finite, part, 0).to(torch.float64) * unit
-        squares = (scaled * scaled * 2.0**bits).to(torch.int64)
-        dims = (2, 3) if rows else (1, 3)
-        sums.append(squares.sum(dims))
-        broken.append((~finite).any(3).any(2 if rows else 1))
-    if rows:
-        score, wrong = torch.cat(sums, 1), torch.cat(broken, 1)
-    else:
-        score, wrong = torch.stack(sums).sum(0), torch.stack(broken).any(0)
-    return torch.where(wrong, torch.iinfo(torch.int64).max, score)
+    dims = (2, 3) if rows else (1, 3)
+    parts = y.split(max(_PART_ELEMENTS // max(matrices * across * y.shape[3], 1), 1), 1)
+    maxima = [part.abs().amax(dims).to(torch.float32) for part in parts]
+    of_groups = torch.cat(maxima, 1) if rows else torch.stack(maxima).amax(0)
+    # Of a group that is not finite the score is known: its maximum is not needed.
+    exponent = torch.frexp(torch.where(of_groups.isfinite(), of_groups, 0).amax(1))[1]
+    counted = size * y.shape[3] * (across if rows else height)
+    half = (_SCORE_BITS - max(counted - 1, 0).bit_length()) // 2
+    factor = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), half - exponent)[:, None, None, None]
+    sums = []
+    for part in parts:
+        scaled = part.to(torch.float64) * factor
+        sums.append(scaled.mul_(scaled).floor_().sum(dims))
+    score = torch.cat(sums, 1) if rows else torch.stack(sums).sum(0)
+    score = score.view(matrices, -1, size).sum(2)
+    return torch.where(score.isfinite(), score, torch.inf)
 
 
-def _lines(y: torch.Tensor) -> int:
-    return max(_PART_ELEMENTS // max(y.shape[0] * y.shape[2] * y.shape[3], 1), 1)
-
-
-def group_mask(w: torch.Tensor, batch_dims: int, pruned: int | torch.Tensor, *, rows: bool) -> torch.Tensor:
-    """Whether each row or column is kept: all but the ``pruned`` ones of each matrix with the smallest norm.
+def group_mask(
+    w: torch.Tensor, batch_dims: int, pruned: int | torch.Tensor, *, rows: bool, size: int = 1
+) -> torch.Tensor:
+    """Whether each row or column is kept: all but the ``pruned`` groups of each matrix with the smallest norm.
 
     Args:
         w, batch_dims: as in `element_mask`.
-        pruned: how many rows, or columns, of each matrix are not kept; a tensor of one number, or a number.
-        rows: whether rows are pruned, else columns.
+        pruned: how many groups of each matrix are not kept; a tensor of one number, or a number.
+        rows: whether groups are rows, else columns.
+        size: of a group, see `group_scores`.
 
     Returns:
         bool, of `group_shape`. Of groups whose scores are the same the first is kept.
     """
-    scores = group_scores(w, batch_dims, rows=rows)
+    scores = group_scores(w, batch_dims, rows=rows, size=size)
     order = scores.argsort(dim=1, descending=True, stable=True)
     rank = order.argsort(dim=1)
-    return (rank < scores.shape[1] - pruned).reshape(group_shape(w.shape, batch_dims, rows=rows))
+    kept = (rank < scores.shape[1] - pruned).repeat_interleave(size, 1)
+    return kept.reshape(group_shape(w.shape, batch_dims, rows=rows))
 
 
 def keep(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """``x`` where the mask is set, else 0: shape, strides and dtype of ``x``."""
-    return torch.empty_like(x).copy_(torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device)))
+    return torch.empty_like(x).copy_(torch.where(mask.bool(), x, torch.zeros((), dtype=x.dtype, device=x.device)))

@@ -14,7 +14,18 @@ import torch
 
 from ..numerics import sparsity
 from ..settings.sparsity import KeptElements, PrunedGroups, Sparsity
-from .sample_arguments import OPERATOR_VERSION
+
+VERSION = 1
+"""Part of every call's arguments, as `gws_compile.ops.sample_arguments.OPERATOR_VERSION` is: raise it whenever what a
+mask is, or a lowering, changes."""
+
+
+def mask_dtype(device: torch.device) -> torch.dtype:
+    """What a mask is made of in a graph: 0 or 1.
+
+    Inductor's C++ takes ten nanoseconds and more to store a byte, or to load one, beside vectors of float32 (torch 2.13).
+    """
+    return torch.int32 if device.type == "cpu" else torch.bool
 
 
 @torch.library.custom_op("gws::element_mask", mutates_args=())
@@ -26,18 +37,18 @@ def element_mask(w: torch.Tensor, batch_dims: int, over_rows: bool, kept: int, o
         batch_dims: see `gws_compile.numerics.blocks.matrix_shape`.
         over_rows: groups run over the rows of its matrices, not over the columns.
         kept, of: N and M; M divides the side that groups run over.
-        version: `OPERATOR_VERSION`.
+        version: `VERSION`.
 
     Returns:
-        bool, shape and strides of ``w``; see `gws_compile.numerics.sparsity.element_mask`.
+        of `mask_dtype`, shape and strides of ``w``; see `gws_compile.numerics.sparsity.element_mask`.
     """
-    return sparsity.element_mask(w, batch_dims, kept, of, over_rows=over_rows)
+    return sparsity.element_mask(w, batch_dims, kept, of, over_rows=over_rows).to(mask_dtype(w.device))
 
 
 @element_mask.register_fake
 def _(w: torch.Tensor, batch_dims: int, over_rows: bool, kept: int, of: int, version: int) -> torch.Tensor:
     _check_version(version)
-    return torch.empty_like(w, dtype=torch.bool)
+    return torch.empty_like(w, dtype=mask_dtype(w.device))
 
 
 @torch.library.custom_op("gws::group_mask", mutates_args=())
@@ -46,6 +57,7 @@ def group_mask(
     clock: torch.Tensor | None,
     batch_dims: int,
     rows: bool,
+    size: int,
     share: float,
     start: int,
     stop: int,
@@ -57,17 +69,18 @@ def group_mask(
         w, batch_dims, version: of `element_mask`.
         clock: see `gws_compile.ops.sample_weight.sample_weight`: the number of the draw says what of the share is
             pruned. None where that does not change.
-        rows: rows are pruned, else columns.
-        share: of them, which is not kept.
-        start, stop: of `gws_compile.PrunedGroups`.
+        rows: groups are rows, else columns.
+        size, share, start, stop: of `gws_compile.PrunedGroups`.
 
     Returns:
-        bool, of `gws_compile.numerics.sparsity.group_shape`; see `gws_compile.numerics.sparsity.group_mask`.
+        of `mask_dtype`, and of the shape `gws_compile.numerics.sparsity.group_shape`; see
+        `gws_compile.numerics.sparsity.group_mask`.
     """
-    groups = PrunedGroups(share, start=start, stop=stop)
-    count = w.shape[batch_dims if rows else batch_dims + 1]
+    groups = PrunedGroups(share, size=size, start=start, stop=stop)
+    count = w.shape[batch_dims if rows else batch_dims + 1] // size
     step = 0 if clock is None else clock[0].to(torch.int64) & 0xFFFFFFFF
-    return sparsity.group_mask(w, batch_dims, groups.count(count, step), rows=rows)
+    mask = sparsity.group_mask(w, batch_dims, groups.count(count, step), rows=rows, size=size)
+    return mask.to(mask_dtype(w.device))
 
 
 @group_mask.register_fake
@@ -76,13 +89,14 @@ def _(
     clock: torch.Tensor | None,
     batch_dims: int,
     rows: bool,
+    size: int,
     share: float,
     start: int,
     stop: int,
     version: int,
 ) -> torch.Tensor:
     _check_version(version)
-    return w.new_empty(sparsity.group_shape(w.shape, batch_dims, rows=rows), dtype=torch.bool)
+    return w.new_empty(sparsity.group_shape(w.shape, batch_dims, rows=rows), dtype=mask_dtype(w.device))
 
 
 @torch.library.custom_op("gws::apply_mask", mutates_args=(), tags=(torch.Tag.pointwise,))
@@ -91,11 +105,11 @@ def apply_mask(x: torch.Tensor, mask: torch.Tensor, through: torch.Tensor | None
 
     Args:
         x: the weight, or its sample.
-        mask: bool, of its shape, or of one that goes with it.
+        mask: of `mask_dtype`, of its shape, or of one that goes with it.
         through: the weight, which gets all of the gradient, that of what is not kept too (straight through, as SR-STE
             has it without its decay, arXiv 2102.04010), so that it can come back. ``x`` then gets that of what is kept,
             for learned widths. None where the gradient is that of what is kept, to ``x``.
-        version: `OPERATOR_VERSION`.
+        version: `VERSION`.
 
     Returns:
         Shape, strides and dtype of ``x``.
@@ -120,7 +134,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     kept = None
     if ctx.needs_input_grad[0]:
         (mask,) = ctx.saved_tensors
-        kept = apply_mask(grad, mask, None, OPERATOR_VERSION)
+        kept = apply_mask(grad, mask, None, VERSION)
     return kept, None, None if ctx.through is None else grad.to(ctx.through), None
 
 
@@ -160,32 +174,31 @@ class WeightMask:
             clock: the clock's; not needed where it is not `gradual`.
         """
         if isinstance(self.sparsity, KeptElements):
-            given = (w, self.batch_dims, self.over_rows, self.sparsity.kept, self.sparsity.of, OPERATOR_VERSION)
+            given = (w, self.batch_dims, self.over_rows, self.sparsity.kept, self.sparsity.of, VERSION)
             return torch.ops.gws.element_mask.default, given
         groups = self.sparsity
-        steps = (groups.start, groups.stop)
         clock = clock if groups.gradual else None
-        given = (w, clock, self.batch_dims, self.prunes_rows, float(groups.share), *steps, OPERATOR_VERSION)
+        how = (groups.size, float(groups.share), groups.start, groups.stop)
+        given = (w, clock, self.batch_dims, self.prunes_rows, *how, VERSION)
         return torch.ops.gws.group_mask.default, given
 
     def example(self, w: torch.Tensor) -> torch.Tensor:
         """A tensor like the mask of a weight, with no values in it."""
         if isinstance(self.sparsity, KeptElements):
-            return torch.empty_like(w, dtype=torch.bool)
-        return w.new_empty(sparsity.group_shape(w.shape, self.batch_dims, rows=self.prunes_rows), dtype=torch.bool)
+            return torch.empty_like(w, dtype=mask_dtype(w.device))
+        shape = sparsity.group_shape(w.shape, self.batch_dims, rows=self.prunes_rows)
+        return w.new_empty(shape, dtype=mask_dtype(w.device))
 
     def of(self, w: torch.Tensor, step: int) -> torch.Tensor:
         """The mask of a whole weight at a draw: bool, of a shape that goes with it."""
         if isinstance(self.sparsity, KeptElements):
             kept, of = self.sparsity.kept, self.sparsity.of
             return sparsity.element_mask(w, self.batch_dims, kept, of, over_rows=self.over_rows)
-        rows = self.prunes_rows
-        pruned = self.sparsity.count(w.shape[self.batch_dims if rows else self.batch_dims + 1], step)
-        return sparsity.group_mask(w, self.batch_dims, pruned, rows=rows)
+        rows, size = self.prunes_rows, self.sparsity.size
+        pruned = self.sparsity.count(w.shape[self.batch_dims if rows else self.batch_dims + 1] // size, step)
+        return sparsity.group_mask(w, self.batch_dims, pruned, rows=rows, size=size)
 
 
 def _check_version(version: int) -> None:
-    if version != OPERATOR_VERSION:
-        raise RuntimeError(
-            f"gws_compile's arithmetic is at version {OPERATOR_VERSION}, the graph was made for {version}"
-        )
+    if version != VERSION:
+        raise RuntimeError(f"gws_compile's masks are at version {VERSION}, the graph was made for {version}")

@@ -120,7 +120,17 @@ class Metrics(Mapping[str, WeightMetrics]):
         ]
         return tabulate(
             rows,
-            headers=("weight", "format", "bits", "SQNR, dB", "with noise", "saturated", "flushed to 0", "exact", "zeros"),
+            headers=(
+                "weight",
+                "format",
+                "bits",
+                "SQNR, dB",
+                "with noise",
+                "saturated",
+                "flushed to 0",
+                "exact",
+                "zeros",
+            ),
             colalign=("left", "left", *["right"] * 7),
             disable_numparse=True,
         )

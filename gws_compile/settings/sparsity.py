@@ -42,6 +42,8 @@ class PrunedGroups:
             inputs. They are those of `torch.nn.Linear`'s weight, (out, in): of a weight that is stored the other way,
             as GPT-2's (in, out), a row is a column of what is stored. A column of a convolution's weight is one of its
             input channels.
+        size: how many rows, or columns, that lie side by side are a group, which is pruned as a whole: the features of
+            an attention head, say. n is then the number of groups.
         start, stop: draws, for gradual pruning (arXiv 1710.01878): nothing is pruned before draw ``start``, all of the
             share from draw ``stop`` on, and ``share * (1 - (1 - (t - start) / (stop - start)) ** 3)`` at a draw t in
             between. With ``stop=0`` all of it from the first draw on.
@@ -52,6 +54,7 @@ class PrunedGroups:
 
     share: float
     groups: Groups = "rows"
+    size: int = 1
     start: int = 0
     stop: int = 0
 
@@ -61,6 +64,8 @@ class PrunedGroups:
             raise ValueError(f"PrunedGroups.share must be a number above 0 and below 1, got {share!r}")
         if self.groups not in ("rows", "columns"):
             raise ValueError(f"PrunedGroups.groups must be 'rows' or 'columns', got {self.groups!r}")
+        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
+            raise ValueError(f"PrunedGroups.size must be an int, 1 or more, got {self.size!r}")
         for name in ("start", "stop"):
             step = getattr(self, name)
             if isinstance(step, bool) or not isinstance(step, int) or step < 0:
@@ -77,7 +82,7 @@ class PrunedGroups:
         return self.stop > 0
 
     def count(self, groups: int, step: int | torch.Tensor) -> int | torch.Tensor:
-        """How many of so many rows or columns are pruned at a draw.
+        """How many of so many groups are pruned at a draw.
 
         Args:
             groups: how many there are.
@@ -94,7 +99,8 @@ class PrunedGroups:
 
     def __str__(self) -> str:
         steps = f":{self.start}-{self.stop}" if self.gradual else ""
-        return f"{self.groups}:{self.share}{steps}"
+        size = f"*{self.size}" if self.size > 1 else ""
+        return f"{self.groups}{size}:{self.share}{steps}"
 
 
 Sparsity = KeptElements | PrunedGroups

@@ -210,7 +210,7 @@ def test_graphs_share_a_mask():
 def test_gradual_pruning():
     """The share of each draw, with nothing compiled again; evaluation has that of the draw that training is at."""
     model = OneLayer(8, 40, bias=False)
-    backend = gws_compile.backend("fp8_e4m3", sparsity=PrunedGroups(0.5, "columns", 2, 6), inner="aot_eager")
+    backend = gws_compile.backend("fp8_e4m3", sparsity=PrunedGroups(0.5, "columns", start=2, stop=6), inner="aot_eager")
     compiled = torch.compile(model, backend=backend)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     pruned, evaluated, expected = [], [], []
