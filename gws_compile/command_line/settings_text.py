@@ -94,9 +94,9 @@ def from_file(path: str | Path) -> dict[str, Any]:
     """The settings in a TOML file: its keys are the arguments of `gws_compile.backend`.
 
     A table ``[bits]`` holds the arguments of `LearnedBits`, ``[schedule]`` those of `Schedule`, ``[sparsity]`` those of
-    `PrunedGroups`, ``[activations]``, ``[gradients]`` and ``[attention]`` those of `Operand`, or the last those of `AttentionOperands`; each table
-    ``[[rules]]`` has a ``match``, a glob or a list of them, and settings, or ``fmt = "none"``. Text stands for what it
-    does in the environment.
+    `PrunedGroups`, ``[activations]``, ``[gradients]`` and ``[attention]`` those of `Operand`, or the last those of
+    `AttentionOperands`; each table ``[[rules]]`` has a ``match``, a glob or a list of them, and settings, or
+    ``fmt = "none"``. Text stands for what it does in the environment.
 
     Raises:
         ValueError: no TOML, an unknown key, or a bad value. OSError: no such file.

@@ -295,8 +295,8 @@ class Diagnostics:
         dense = [f"{w.names[-1]}: {w.dense_because}" for w in weights if w.dense_because]
         if dense:
             self._say(
-                f"weights that are not sparse, although sparsity says so: {_listed(dense, '; ')}. Give them a rule with "
-                "sparsity=None, or another sparsity"
+                f"weights that are not sparse, although sparsity says so: {_listed(dense, '; ')}. Give them a rule "
+                "with sparsity=None, or another sparsity"
             )
 
     def _say_unmatched(self, setting: str, pattern: str, weights: Sequence[Weight]) -> None:

@@ -67,7 +67,7 @@ class DeployedWeight:
         return "" if self.mask is None else str(self.mask.sparsity)
 
     def as_read(self, w: torch.Tensor) -> torch.Tensor:
-        """What graphs cast of the whole weight ``w``: in the dtype in which they read it, and zero where it is masked."""
+        """What graphs cast of the whole weight ``w``: in the dtype in which they read it, zero where it is masked."""
         w = w.detach().to(self.spec.dtype)
         return w if self.mask is None else keep(w, self.mask.of(w, self.draw))
 

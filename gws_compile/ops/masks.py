@@ -23,7 +23,7 @@ mask is, or a lowering, changes."""
 def mask_dtype(device: torch.device) -> torch.dtype:
     """What a mask is made of in a graph: 0 or 1.
 
-    Inductor's C++ takes ten nanoseconds and more to store a byte, or to load one, beside vectors of float32 (torch 2.13).
+    Inductor's C++ takes ten nanoseconds to store a byte, or to load one, beside vectors of float32 (torch 2.13).
     """
     return torch.int32 if device.type == "cpu" else torch.bool
 
@@ -124,7 +124,7 @@ def _(x: torch.Tensor, mask: torch.Tensor, through: torch.Tensor | None, version
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, mask, through, _ = inputs
+    _, mask, through, _ = inputs
     ctx.through = None if through is None else through.dtype
     if ctx.needs_input_grad[0]:
         ctx.save_for_backward(mask)

@@ -17,8 +17,8 @@ class Recipe:
 
     Attributes:
         weights: ``fmt``, ``noise``, ``bits``, ``block``, ``scale`` and ``sparsity`` of the weights, those that the
-            recipe says; or a format alone. Blocks with fewer rows than columns, or more, run along what each product sums over, and are
-            rounded anew for dgrad.
+            recipe says; or a format alone. Blocks with fewer rows than columns, or more, run along what each product
+            sums over, and are rounded anew for dgrad.
         activations, gradients, attention: as the arguments.
         rules: behind those that are given.
 

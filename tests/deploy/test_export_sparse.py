@@ -206,7 +206,7 @@ def test_what_cannot_be_sliced():
         gws_compile.slice_pruned(consumer, [layer(6, 4)], size=4)
     with pytest.raises(ValueError, match="no group of 3 inputs of the consumer"):
         gws_compile.slice_pruned(consumer, [layer(6, 4)], size=3)
-    with pytest.raises(ValueError, match="nn.Linear and Conv1D layers, got Conv2d"):
+    with pytest.raises(ValueError, match=r"nn\.Linear and Conv1D layers, got Conv2d"):
         gws_compile.slice_pruned(torch.nn.Conv2d(3, 3, 3), [layer(6, 4)])
     consumer.weight.data[:] = 0
     with pytest.raises(ValueError, match="nothing would be left"):

@@ -100,7 +100,7 @@ def test_text(sparsity, tmp_path):
 def test_text_that_is_none():
     with pytest.raises(ValueError, match=r"^GWS_SPARSITY='heads:0.5': PrunedGroups.groups must be .* got 'heads'"):
         from_environment({"GWS_SPARSITY": "heads:0.5"})
-    with pytest.raises(ValueError, match="GWS_SPARSITY='rows:half': PrunedGroups.share must be .* got 'half'"):
+    with pytest.raises(ValueError, match=r"GWS_SPARSITY='rows:half': PrunedGroups.share must be .* got 'half'"):
         from_environment({"GWS_SPARSITY": "rows:half"})
     with pytest.raises(ValueError, match="GWS_SPARSITY='24': sparsity must be"):
         from_environment({"GWS_SPARSITY": "24"})
