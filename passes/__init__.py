@@ -18,6 +18,7 @@ nothing of one another; shared by them are
     graph_walk      views and checkpoint bodies                    input_layout      the inputs that are added
     operations      what an operation does with a weight           parameter_constants  what is computed of parameters
     runner          runs them, timed, logged and traced              weight_maxima     maxima over several ranks
+    sparse_weights  whether a weight can be sparse
 """
 
 from __future__ import annotations

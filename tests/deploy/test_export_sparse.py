@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from support.exports import evaluated, hard_weight, read_json, same_bits, without_minus_zero
 from support.mask_oracle import mask_of
 from support.models import llama
-from support.small_models import Net
+from support.small_models import Net, OneLayer
 
 import gws_compile
 from gws_compile import PrunedGroups
@@ -91,6 +91,35 @@ def test_the_mask_is_that_of_torchs_pruner():
     sparsifier.step()
     mask = model[0].parametrizations.weight[0].mask.bool()
     assert torch.equal(mask, mask_of(w, "2:4"))
+
+
+def test_there_is_no_container_of_positions():
+    """What docs/sparsity.md says of compressed-tensors: names, and nothing behind them."""
+    compressed_tensors = pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor, ModelCompressor
+    from compressed_tensors.config import CompressionFormat, Sparse24BitMaskConfig
+
+    known = BaseCompressor.registered_names()
+    for name in ("sparse-24-bitmask", "sparse-bitmask", "marlin-24"):
+        assert name in [one.value for one in CompressionFormat], compressed_tensors.__version__
+        assert name not in known
+    with pytest.raises(ValueError, match="Sparse24 format is not longer supported"):
+        ModelCompressor.from_compression_config(Sparse24BitMaskConfig())
+
+
+def test_an_exported_weight_packs_in_the_layout_of_semi_structured_kernels(tmp_path):
+    """Which takes two of four elements, and gives back the others as zeros."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.utils import semi_structured_conversions as conversions
+
+    model = OneLayer(64, 64, bias=False).to(torch.bfloat16)
+    backend = gws_compile.backend("fp8_e4m3", sparsity="2:4", inner="eager")
+    compiled, _ = evaluated(backend, model, torch.zeros(1, 64, dtype=torch.bfloat16))
+    backend.export(compiled, tmp_path / "out", "dense")
+    w = gws_compile.load_export(tmp_path / "out")["fc.weight"]
+    packed, positions = conversions.sparse_semi_structured_from_dense_cutlass(w)
+    assert packed.shape == (64, 32)
+    assert torch.equal(conversions.sparse_semi_structured_to_dense_cutlass(packed, positions), w)
 
 
 @pytest.mark.slow
