@@ -35,7 +35,7 @@ from .find_reads import find_reads
 from .fold_casts import fold_casts
 from .graph_walk import samples
 from .input_layout import InputLayout, LearnedInput
-from .insert_masks import insert_masks, without_masks
+from .insert_masks import insert_masks
 from .insert_samples import insert_samples, without_samples
 from .mark_recompute import mark_recompute, without_marks
 from .rewrite_context import AttentionUse, Rewrite
@@ -79,7 +79,7 @@ def passes_of(
         Pass(select_weights, {"config": config}),
         Pass(insert_samples, {"config": config}, without=without_samples),
         Pass(fold_casts, {}, without=lambda rewrite: None),
-        Pass(insert_masks, {}, without=without_masks),
+        Pass(insert_masks, {}),
         Pass(mark_recompute, {"backward": config.backward}, without=without_marks),
         Pass(
             round_attention,

@@ -55,13 +55,6 @@ def insert_masks(rewrite: Rewrite) -> None:
     ]
 
 
-def without_masks(rewrite: Rewrite) -> None:
-    """Refuse to leave the pass out where a weight is sparse: training would be another than the export."""
-    sparse = next((sample.weight for sample in rewrite.samples if sample.weight.mask is not None), None)
-    if sparse is not None:
-        raise ValueError(f"the pass insert_masks is left out, and {sparse.name} is sparse: give sparsity=None instead")
-
-
 class _Inserter:
     """Puts the nodes of the masks into a graph, and into the bodies of its checkpoints."""
 

@@ -3,8 +3,6 @@
 Gradients go straight through: those of the oracle's used weights, all of them, are the weights' own.
 """
 
-import warnings
-
 import pytest
 import torch
 from support.mask_oracle import mask_of
@@ -306,14 +304,6 @@ def test_what_cannot_be_sparse_stays_dense():
     none = gws_compile.backend("fp8_e4m3", sparsity=PrunedGroups(0.1), inner="eager")
     with pytest.warns(GwsWarning, match=r"a share of 0.1 of its 2 rows is none of them"):
         torch.compile(OneLayer(2, 8), backend=none)(torch.randn(2, 8))
-
-
-def test_the_pass_cannot_be_left_out(monkeypatch):
-    monkeypatch.setenv("GWS_SKIP_PASSES", "insert_masks")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", GwsWarning)
-        with pytest.raises(Exception, match=r"insert_masks is left out, and fc\.weight is sparse"):
-            torch.compile(OneLayer(), backend=gws_compile.backend("int4", sparsity="2:4"))(torch.randn(2, 40))
 
 
 def test_rules_make_some_weights_sparse():

@@ -20,7 +20,9 @@ import gws_compile
 from gws_compile import LearnedBits
 from gws_compile.config import Config
 
-NAMES = ["find_reads", "select_weights", "insert_samples", "fold_casts", "mark_recompute", "round_attention"]
+NAMES = [
+    "find_reads", "select_weights", "insert_samples", "fold_casts", "insert_masks", "mark_recompute", "round_attention",
+]  # fmt: skip
 OPTIONAL = NAMES[2:]
 
 NOTHING_IS_REWRITTEN = pytest.mark.filterwarnings("ignore:no weight has been rewritten:gws_compile.GwsWarning")
