@@ -147,7 +147,7 @@ class Weight:
     @property
     def mask(self) -> WeightMask | None:
         """How its mask is computed; None for a dense one."""
-        if self.settings is None or self.settings.sparsity is None:
+        if self.settings is None or self.settings.sparsity is None or not self.reads:
             return None
         return WeightMask(self.settings.sparsity, self.reads[0].batch_dims, bool(self.reads[0].sums_over_rows))
 

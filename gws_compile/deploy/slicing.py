@@ -73,7 +73,7 @@ class _Layer:
     @property
     def weight(self) -> torch.Tensor:
         """(out, in)."""
-        weight: torch.Tensor = self._module.weight.detach()  # type: ignore[operator, union-attr]
+        weight: torch.Tensor = self._module.weight.detach()  # type: ignore[operator]
         return weight.t() if self._turned else weight
 
     @property

@@ -94,7 +94,8 @@ def group_scores(w: torch.Tensor, batch_dims: int, *, rows: bool, size: int = 1)
     across = w.shape[batch_dims + 1]
     y = w.detach().reshape(matrices, height, across, -1)
     dims = (2, 3) if rows else (1, 3)
-    parts = y.split(max(_PART_ELEMENTS // max(matrices * across * y.shape[3], 1), 1), 1)
+    lines = max(_PART_ELEMENTS // max(matrices * across * y.shape[3], 1), 1)
+    parts = torch.split(y, lines, 1)
     maxima = [part.abs().amax(dims).to(torch.float32) for part in parts]
     of_groups = torch.cat(maxima, 1) if rows else torch.stack(maxima).amax(0)
     # Of a group that is not finite the score is known: its maximum is not needed.

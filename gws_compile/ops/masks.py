@@ -173,14 +173,13 @@ class WeightMask:
             w: the weight's node.
             clock: the clock's; not needed where it is not `gradual`.
         """
-        if isinstance(self.sparsity, KeptElements):
-            given = (w, self.batch_dims, self.over_rows, self.sparsity.kept, self.sparsity.of, VERSION)
-            return torch.ops.gws.element_mask.default, given
         groups = self.sparsity
+        if isinstance(groups, KeptElements):
+            how = (w, self.batch_dims, self.over_rows, groups.kept, groups.of)
+            return torch.ops.gws.element_mask.default, (*how, VERSION)
+        of_groups = (groups.size, float(groups.share), groups.start, groups.stop)
         clock = clock if groups.gradual else None
-        how = (groups.size, float(groups.share), groups.start, groups.stop)
-        given = (w, clock, self.batch_dims, self.prunes_rows, *how, VERSION)
-        return torch.ops.gws.group_mask.default, given
+        return torch.ops.gws.group_mask.default, (w, clock, self.batch_dims, self.prunes_rows, *of_groups, VERSION)
 
     def example(self, w: torch.Tensor) -> torch.Tensor:
         """A tensor like the mask of a weight, with no values in it."""

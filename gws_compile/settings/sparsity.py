@@ -94,8 +94,9 @@ class PrunedGroups:
             left = 1 - min(max((step - self.start) / (self.stop - self.start), 0.0), 1.0)
             return round(self.share * (1 - left * left * left) * groups)
         passed = (step - self.start).to(torch.float64) / (self.stop - self.start)
-        left = 1 - passed.clamp(0.0, 1.0)
-        return (self.share * (1 - left * left * left) * groups).round().to(torch.int64)
+        rest: torch.Tensor = 1 - passed.clamp(0.0, 1.0)
+        count: torch.Tensor = self.share * (1 - rest * rest * rest) * groups
+        return count.round().to(torch.int64)
 
     def __str__(self) -> str:
         steps = f":{self.start}-{self.stop}" if self.gradual else ""

@@ -232,6 +232,32 @@ def test_gradual_pruning():
     assert len(backend.graphs) == 2
 
 
+def test_gradual_pruning_inside_of_a_checkpoint():
+    """The clock reaches the body, in training and in evaluation."""
+
+    class Inside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(16, 8, bias=False)
+
+        def forward(self, x):
+            return checkpoint(self.fc, x, use_reentrant=False)
+
+    model, x = Inside(), torch.eye(16)
+    backend = gws_compile.backend("fp8_e4m3", sparsity=PrunedGroups(0.5, stop=2), inner="aot_eager")
+    compiled = torch.compile(model, backend=backend)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    pruned = []
+    for _ in range(3):
+        used = compiled(x).t()
+        used.square().sum().backward()
+        with torch.no_grad():
+            assert torch.equal((compiled(x).t() == 0).all(1), (used == 0).all(1))
+        pruned.append(int((used == 0).all(1).sum()))
+        optimizer.step()
+    assert pruned == [0, round(0.5 * (1 - 0.5**3) * 8), 4]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sparsity", ["2:4", *GROUPS])
 def test_inductor(sparsity):
