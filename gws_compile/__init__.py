@@ -39,6 +39,7 @@ from .compiler.backend import Backend
 from .config import DEFAULT_EXCLUDE
 from .deploy.export_report import ExportedWeight, ExportReport
 from .deploy.manifest import load_export
+from .deploy.slicing import slice_pruned
 from .learned_bits.summary import BitsSummary
 from .numerics.formats import FORMATS, FloatFormat
 from .numerics.integers import IntFormat
@@ -54,6 +55,7 @@ from .settings.model_blocks import edge_blocks
 from .settings.operands import Operand
 from .settings.recipe import Recipe
 from .settings.schedule import Schedule
+from .settings.sparsity import PrunedGroups
 from .warning import GwsWarning
 
 __version__ = "0.1.0"
@@ -77,6 +79,7 @@ __all__ = [
     "Operand",
     "Preset",
     "ProductRecord",
+    "PrunedGroups",
     "ReadRecord",
     "Recipe",
     "Report",
@@ -90,4 +93,5 @@ __all__ = [
     "named_backend",
     "quantize",
     "sample",
+    "slice_pruned",
 ]

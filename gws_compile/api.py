@@ -18,6 +18,7 @@ from .settings.operands import OperandLike
 from .settings.recipe import Recipe
 from .settings.rules import RuleLike
 from .settings.schedule import Schedule
+from .settings.sparsity import SparsityLike
 from .settings.weight_settings import DEFAULT_FORMAT, ScaleSetting
 
 
@@ -28,6 +29,7 @@ def backend(
     bits: float | LearnedBits | None = DEFAULTS.bits,
     block: Block | None = DEFAULTS.block,
     scale: ScaleSetting = DEFAULTS.scale,
+    sparsity: SparsityLike = DEFAULTS.sparsity,
     rules: Iterable[RuleLike] = DEFAULTS.rules,
     schedule: Schedule | None = DEFAULTS.schedule,
     activations: OperandLike = DEFAULTS.activations,
@@ -63,9 +65,11 @@ def backend(
         scale: the block scale's rule: ``"floor"`` (OCP MX v1.0), ``"ceil"``, ``"amax"`` (exact, float32), ``"nvfp4"``
             (two levels), or None for no scale. ``"auto"`` is the preset's, ``"amax"`` for integers, ``"floor"``
             otherwise.
+        sparsity: which elements of weights are zero: ``"2:4"`` or another ``"N:M"``, N of M consecutive inputs that are
+            kept, or `PrunedGroups` of whole rows or columns. Dense when None.
         rules: settings by name, the first that matches wins: ``(glob, "nvfp4")``, ``(glob, {"fmt": ..., "bits": ...,
-            "block": ..., "scale": ..., "noise": ...})``, or ``(glob, None)`` for weights that are left alone. Weights
-            that ``exclude`` names stay so.
+            "block": ..., "scale": ..., "noise": ..., "sparsity": ...})``, or ``(glob, None)`` for weights that are left
+            alone. Weights that ``exclude`` names stay so.
         schedule: `Schedule` of the noise: from which draw to which, and its bit width over draws; and of the products
             that are rounded.
         activations: how the activations that weights are multiplied with are rounded, an `Operand` or a format, in
@@ -102,6 +106,7 @@ def backend(
             bits=bits,
             block=block,
             scale=scale,
+            sparsity=sparsity,
             rules=rules,
             schedule=schedule,
             activations=activations,

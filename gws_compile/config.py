@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,6 +23,7 @@ from .settings.operands import Operand, OperandLike, ProductSettings, as_operand
 from .settings.recipe import Recipe
 from .settings.rules import Rule, RuleLike, make_rules
 from .settings.schedule import Schedule
+from .settings.sparsity import PrunedGroups, Sparsity, SparsityLike
 from .settings.weight_settings import (
     DEFAULT_FORMAT,
     GivenSettings,
@@ -130,12 +131,20 @@ class Settings:
             "metavar": "RULE",
         },
     )
+    sparsity: SparsityLike = field(
+        default=None,
+        metadata={
+            "help": 'which elements of weights are zero: "2:4" or another "N:M", N of M consecutive inputs that are '
+            "kept, or `PrunedGroups` of whole rows or columns. Dense when None.",
+            "metavar": "SPARSITY",
+        },
+    )
     rules: Iterable[RuleLike] = field(
         default=(),
         metadata={
             "help": 'settings by name, the first that matches wins: (glob, "nvfp4"), (glob, {"fmt": ..., "bits": ..., '
-            '"block": ..., "scale": ..., "noise": ...}), or (glob, None) for weights that are left alone. Weights that '
-            "exclude names stay so.",
+            '"block": ..., "scale": ..., "noise": ..., "sparsity": ...}), or (glob, None) for weights that are left '
+            "alone. Weights that exclude names stay so.",
             "metavar": "GLOB=SETTINGS",
             "several": True,
             "option": "rule",
@@ -250,7 +259,7 @@ class Config:
 
     Attributes:
         weights: how a weight is sampled of which no rule says otherwise; ``fmt``, ``noise``, ``bits``, ``learned``,
-            ``block`` and ``scale`` are its.
+            ``block``, ``scale`` and ``sparsity`` are its.
         rules: in their order.
     """
 
@@ -278,6 +287,7 @@ class Config:
         bits: float | LearnedBits | None = DEFAULTS.bits,
         block: Block | None = DEFAULTS.block,
         scale: ScaleSetting = DEFAULTS.scale,
+        sparsity: SparsityLike = DEFAULTS.sparsity,
         rules: Iterable[RuleLike] = DEFAULTS.rules,
         schedule: Schedule | None = DEFAULTS.schedule,
         activations: OperandLike = DEFAULTS.activations,
@@ -303,7 +313,9 @@ class Config:
                 raise ValueError(f"{name} must be True or False, got {flag!r}")
         made = as_recipe(recipe, fmt)
         noise = "none" if not master and noise is None and (made is None or "noise" not in made.of_weights) else noise
-        given = _given(made, fmt, noise, bits, block, scale)
+        if sparsity is None and made is not None:
+            sparsity = made.of_weights.get("sparsity")
+        given = replace(_given(made, fmt, noise, bits, block, scale), sparsity=sparsity)
         if made is not None:
             activations = made.activations if activations is None else activations
             gradients = made.gradients if gradients is None else gradients
@@ -378,6 +390,11 @@ class Config:
         return self.weights.scale
 
     @property
+    def sparsity(self) -> Sparsity | None:
+        """Which elements of a weight are zero."""
+        return self.weights.sparsity
+
+    @property
     def products(self) -> ProductSettings:
         """How the other operands are rounded in the products that read a sampled weight."""
         moved = self.schedule is not None and self.schedule.moves_products
@@ -391,8 +408,12 @@ class Config:
     @property
     def draws_noise(self) -> bool:
         """Whether any weight may get noise."""
-        of_rules = (rule.settings for rule in self.rules)
-        return any(one is not None and one.noise != "none" for one in (self.weights, *of_rules))
+        return any(one is not None and one.noise != "none" for one in self.all_settings)
+
+    @property
+    def all_settings(self) -> tuple[WeightSettings | None, ...]:
+        """Those of the weights of which no rule says otherwise, and those of each rule; None where one has none."""
+        return (self.weights, *(rule.settings for rule in self.rules))
 
     def rule_of(self, name: str | tuple[str, ...]) -> Rule | None:
         """The rule that holds of a weight: the first that matches its name, or one of its names."""
@@ -481,6 +502,13 @@ def _check_operands(config: Config) -> None:
                     f"their second side, got {(rows, cols)}; write {(cols, rows)}"
                 )
     gradients, activations = config.gradients, config.activations
+    sparse = any(one is not None and one.sparsity is not None for one in config.all_settings)
+    if sparse and activations is not None and activations.hadamard and activations.rounds_in("forward"):
+        raise ValueError(
+            f"activations: hadamard={activations.hadamard} transforms the weights of the forward too, and a sparse "
+            "weight is not sparse any more behind it: leave hadamard or sparsity out, or give "
+            "products=('wgrad',)"
+        )
     if gradients is not None and gradients.hadamard and activations is None:
         _warn(
             f"gradients: hadamard={gradients.hadamard} transforms the activations of wgrad too, and activations=None "
@@ -492,10 +520,17 @@ def _check_master(config: Config) -> None:
     if config.master:
         return
     for where, settings in (("", config.weights), *((f"{rule.text}: ", rule.settings) for rule in config.rules)):
-        if settings is not None and settings.noise != "none":
+        if settings is None:
+            continue
+        if settings.noise != "none":
             raise ValueError(
                 f"{where}with master=False weights lie on their grid and get no noise: noise must be 'none', or left "
                 f"out, got {settings.noise!r}"
+            )
+        if isinstance(settings.sparsity, PrunedGroups):
+            raise ValueError(
+                f"{where}with master=False sparsity must be 'N:M' or None, got {str(settings.sparsity)!r}: without the "
+                "rows or columns that are pruned a block has another scale than the one that it was written with"
             )
 
 

@@ -4,6 +4,7 @@
     select_weights  says how each is sampled, or why it is left alone             changes nothing
     insert_samples  puts ``gws::sample_weight`` between a weight and its reads         new nodes, new inputs
     fold_casts      has a sample come in the dtype that its reads convert it to        the samples' arguments
+    insert_masks    has what a sparse weight does not keep be zero, in front of a sample and behind it     new nodes
     mark_recompute  marks the samples that backward is to draw again                   the samples' metadata
     round_attention takes attention apart and rounds what it multiplies                new nodes, a clock
 
@@ -19,6 +20,7 @@ nothing of one another; shared by them are
     graph_walk      views and checkpoint bodies                    input_layout      the inputs that are added
     operations      what an operation does with a weight           parameter_constants  what is computed of parameters
     runner          runs them, timed, logged and traced              weight_maxima     maxima over several ranks
+    sparse_weights  whether a weight can be sparse
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from .find_reads import find_reads
 from .fold_casts import fold_casts
 from .graph_walk import samples
 from .input_layout import InputLayout, LearnedInput
+from .insert_masks import insert_masks
 from .insert_samples import insert_samples, without_samples
 from .mark_recompute import mark_recompute, without_marks
 from .rewrite_context import AttentionUse, Rewrite
@@ -78,6 +81,7 @@ def passes_of(
         Pass(select_weights, {"config": config}),
         Pass(insert_samples, {"config": config}, without=without_samples),
         Pass(fold_casts, {}, without=lambda rewrite: None),
+        Pass(insert_masks, {}),
         Pass(mark_recompute, {"backward": config.backward}, without=without_marks),
         Pass(
             round_attention,

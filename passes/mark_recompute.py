@@ -20,16 +20,19 @@ def mark_recompute(rewrite: Rewrite, *, backward: Backward) -> None:
 
     Inside an activation checkpoint nothing is marked: what the checkpoint computes again is its own decision.
 
-    Requires the samples of `insert_samples`, with the dtypes of `fold_casts`.
+    Requires the samples of `insert_samples`, with the dtypes of `fold_casts` and the masks of `insert_masks`.
 
     Args:
         rewrite: the graph; the samples' metadata change.
         backward: ``"save"`` or ``"recompute"``.
     """
     if backward == "recompute":
-        outside = sorted(sample.node for sample in rewrite.samples if sample.module is rewrite.module)
-        for group, node in enumerate(outside, _FIRST_GROUP):
-            graphs.mark_recompute(node, group)
+        outside = sorted(
+            (sample for sample in rewrite.samples if sample.module is rewrite.module), key=lambda sample: sample.node
+        )
+        for group, sample in enumerate(outside, _FIRST_GROUP):
+            for node in (sample.node, *sample.masks):
+                graphs.mark_recompute(node, group)
 
 
 def without_marks(rewrite: Rewrite) -> None:

@@ -22,12 +22,14 @@ class Sample:
         module: the graph, or body, that it stands in.
         node: the operator's node.
         steps: the uses of the sample.
+        masks: what `insert_masks` has put in front of the node, and behind it; nothing for a dense weight.
     """
 
     weight: Weight
     module: fx.GraphModule
     node: fx.Node
     steps: tuple[Step, ...]
+    masks: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)

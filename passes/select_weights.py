@@ -12,6 +12,7 @@ from gws_compile.settings.weight_settings import WeightSettings
 from gws_compile.weight_names import first_match
 
 from .rewrite_context import Rewrite
+from .sparse_weights import decide_sparsity
 from .weight_maxima import spread_dims
 from .weights import Use, Weight
 
@@ -31,7 +32,8 @@ def select_weights(rewrite: Rewrite, *, config: Config) -> None:
         config: ``include``, ``exclude`` and ``rules`` decide by name.
 
     Raises:
-        ValueError: a block of a sharded weight lies on several ranks, and is not as long as the weight.
+        ValueError: a block of a sharded weight lies on several ranks, and is not as long as the weight; or what its
+            mask is computed from does.
     """
     for weight in rewrite.weights:
         weight.settings = _along(weight, config.settings_of(weight.names), config)
@@ -41,6 +43,7 @@ def select_weights(rewrite: Rewrite, *, config: Config) -> None:
             _check_ranks(weight, weight.shard, weight.settings)
     for weight in rewrite.selected:
         weight.products, weight.trains = config.products, rewrite.gradients
+        decide_sparsity(weight)
         for read in weight.reads:
             read.noisy = weight.sampled_as.noise != "none" and weight.trainable and read.gradients
         if weight.shard is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from gws_compile.numerics.shards import ShardRange
+from gws_compile.ops.masks import WeightMask
 from gws_compile.settings.operands import ProductSettings
 from gws_compile.settings.weight_settings import WeightSettings
 
@@ -85,6 +86,7 @@ class Weight:
         settings: how it is sampled, by its name; of `select_weights`. None for one that a rule leaves alone.
         products: how the other operands are rounded in the products that read it; of `select_weights`.
         trains: whether its graph is one of a training forward, with gradients enabled; of `select_weights`.
+        dense_because: why it is not sparse, although a setting says so; empty where there is nothing to say.
         reason: why it is left alone; None while it is to be rewritten.
         may_be_read: whether it is left alone although the graph multiplies by it, or may do so: a custom operator or a
             higher-order one uses it, it is computed with before a read, or its dtype, class or place in memory is in
@@ -107,6 +109,7 @@ class Weight:
     settings: WeightSettings | None = None
     products: ProductSettings = field(default_factory=ProductSettings)
     trains: bool = False
+    dense_because: str = ""
     reason: str | None = None
     may_be_read: bool = False
 
@@ -139,7 +142,14 @@ class Weight:
     @property
     def keyed(self) -> bool:
         """Whether its key and the clock are inputs."""
-        return self.draws or self.products.scheduled
+        return self.draws or self.products.scheduled or (self.mask is not None and self.mask.gradual)
+
+    @property
+    def mask(self) -> WeightMask | None:
+        """How its mask is computed; None for a dense one."""
+        if self.settings is None or self.settings.sparsity is None or not self.reads:
+            return None
+        return WeightMask(self.settings.sparsity, self.reads[0].batch_dims, bool(self.reads[0].sums_over_rows))
 
     @property
     def gradients(self) -> bool:

@@ -25,6 +25,7 @@ from ..settings.nearest import nearest
 from ..settings.operands import PRODUCTS, Operand
 from ..settings.rules import KEYS, RuleLike
 from ..settings.schedule import Schedule
+from ..settings.sparsity import PrunedGroups
 from ..warning import GwsWarning
 
 NAMES = tuple(setting.name for setting in SETTINGS)
@@ -50,10 +51,11 @@ def read(name: str, text: str) -> Any:
             scale; ``"true"`` or ``"1"``; ``"*.mlp.*=nvfp4;*.attn.*=fp8_e4m3,block=1x32;*.0.*=none"`` for rules;
             ``"start=100,stop=900,bits=0:8/1000:5,forward=0:9000"`` for a schedule; a format, or
             ``"nvfp4,rounding=stochastic,hadamard=16"``, for activations, gradients and attention, and
-            ``"queries=mxfp8;values=fp8_channel"`` for operands of attention.
+            ``"queries=mxfp8;values=fp8_channel"`` for operands of attention; ``"2:4"``, or ``"rows:0.5"``,
+            ``"columns*16:0.5:100-900"`` (in groups of 16, from draw 100 to 900) for sparsity.
 
     Raises:
-        ValueError: an unknown or bad argument of `LearnedBits`, `Schedule` or `Operand`, or no rule.
+        ValueError: an unknown or bad argument of `LearnedBits`, `Schedule`, `Operand` or `PrunedGroups`, or no rule.
     """
     return _READERS.get(name, str)(text)
 
@@ -91,10 +93,10 @@ def _from_variables(variables: tuple[tuple[str, str], ...]) -> tuple[tuple[str, 
 def from_file(path: str | Path) -> dict[str, Any]:
     """The settings in a TOML file: its keys are the arguments of `gws_compile.backend`.
 
-    A table ``[bits]`` holds the arguments of `LearnedBits`, ``[schedule]`` those of `Schedule`, ``[activations]``,
-    ``[gradients]`` and ``[attention]`` those of `Operand`, or the last those of `AttentionOperands`; each table
-    ``[[rules]]`` has a ``match``, a glob or a list of them, and settings, or ``fmt = "none"``. Text stands for what it
-    does in the environment.
+    A table ``[bits]`` holds the arguments of `LearnedBits`, ``[schedule]`` those of `Schedule`, ``[sparsity]`` those of
+    `PrunedGroups`, ``[activations]``, ``[gradients]`` and ``[attention]`` those of `Operand`, or the last those of
+    `AttentionOperands`; each table ``[[rules]]`` has a ``match``, a glob or a list of them, and settings, or
+    ``fmt = "none"``. Text stands for what it does in the environment.
 
     Raises:
         ValueError: no TOML, an unknown key, or a bad value. OSError: no such file.
@@ -137,7 +139,7 @@ def _value(name: str, value: Any) -> Any:
     return _TABLES[name](value) if name in _TABLES else value
 
 
-T = TypeVar("T", LearnedBits, Schedule, Operand, AttentionOperands)
+T = TypeVar("T", LearnedBits, Schedule, Operand, AttentionOperands, PrunedGroups)
 
 
 def _made(kind: type[T], arguments: dict[str, Any]) -> T:
@@ -302,6 +304,22 @@ def _scale(text: str) -> str | None:
     return None if text == "none" else text
 
 
+def _sparsity(text: str) -> PrunedGroups | str | None:
+    """``2:4``, or ``rows:SHARE``, ``rows*SIZE:SHARE:START-STOP``; None from ``none``."""
+    if text == "none":
+        return None
+    kind, _, rest = text.partition(":")
+    groups, star, size = kind.partition("*")
+    if not groups.isalpha():
+        return text
+    share, _, steps = rest.partition(":")
+    start, _, stop = steps.partition("-")
+    given: dict[str, Any] = {"share": _number(share), "groups": groups}
+    given |= {"size": _step(size)} if star else {}
+    given |= {"start": _step(start), "stop": _step(stop)} if steps else {}
+    return _made(PrunedGroups, given)
+
+
 _OPERAND_READERS: dict[str, Callable[[str], Any]] = {
     "block": _block,
     "hadamard": _step,
@@ -315,6 +333,7 @@ _TABLES: dict[str, Callable[[Any], Any]] = {
     "activations": _operand_of,
     "gradients": _operand_of,
     "attention": _attention_of,
+    "sparsity": lambda value: _made(PrunedGroups, value) if isinstance(value, dict) else value,
     "block": lambda value: (
         tuple(None if side == "all" else side for side in value) if isinstance(value, list) else value
     ),
@@ -325,6 +344,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "bits": _bits,
     "block": _block,
     "scale": _scale,
+    "sparsity": _sparsity,
     "rules": _rules,
     "schedule": _schedule,
     "activations": _operand,

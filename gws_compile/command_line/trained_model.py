@@ -130,7 +130,7 @@ def backend_state(path: str) -> dict[str, Any]:
 
 
 def settings_of_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a state tells: format, block, scale, rules and seed.
+    """The settings that a state tells: format, block, scale, sparsity, rules and seed.
 
     Raises:
         BadFactoryError: it has learned widths, of whose rule it does not tell.
@@ -145,12 +145,13 @@ def settings_of_state(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _grid(state: Mapping[str, Any], rules: list[RuleLike]) -> dict[str, Any]:
-    """Block and scale of the weights that no rule names: a rule's own stand in its text."""
+    """Block, scale and sparsity of the weights that no rule names: a rule's own stand in its text."""
     named = tuple(glob for globs, _ in rules for glob in ((globs,) if isinstance(globs, str) else globs))
     for name, text in state.get("settings", []):
         if first_match(without_stage(without_number(name)), named) is None:
-            _, block, scale = text.split(" ")
-            return {"block": read("block", block), "scale": read("scale", scale)}
+            _, block, scale, *sparsity = text.split(" ")
+            found = {"block": read("block", block), "scale": read("scale", scale)}
+            return found | ({"sparsity": read("sparsity", sparsity[0])} if sparsity else {})
     return {}
 
 

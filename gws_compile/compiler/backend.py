@@ -240,7 +240,7 @@ class Backend:
         stage = any(slot.name is not None and stage_prefix_of(slot.name) for slot in self._slots.of_module(inside))
         return export(
             inside,
-            deployed_tensors(inside, self._slots, self._learned, self.config),
+            deployed_tensors(inside, self._slots, self._learned, self.config, draw=self._clock.step),
             path,
             format,
             tokenizer=tokenizer,

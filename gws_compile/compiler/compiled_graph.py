@@ -104,7 +104,7 @@ def compile_graph(
         mode, options: for Inductor.
     """
     if inner != "eager":
-        from ..codegen import lowering  # noqa: F401  (registers the operator's lowering; imports Inductor)
+        from ..codegen import lowering, masks  # noqa: F401  (register the operators' lowerings; import Inductor)
     if inner == "inductor":
         return compilers.inductor_compile(gm, inputs, mode=mode, options=options, graph_pass=graph_pass)
     if graph_pass is not None:
@@ -187,8 +187,7 @@ class CompiledGraph:
         writes = not compiler.config.master and rewritten.gradients and any(w.gradients for w in rewritten.selected)
         self._training = rewritten.layout.training or writes
         may_draw = any(
-            (w.sampled_as.noise != "none" and w.trainable) or w.products.draws or w.products.scheduled
-            for w in rewritten.selected
+            (w.sampled_as.noise != "none" and w.trainable) or w.products.draws or w.keyed for w in rewritten.selected
         )
         self._may_be_noisy = may_draw and not rewritten.gradients
         self._takes_nothing = not (rewritten.selected or rewritten.layout.positions)

@@ -101,6 +101,7 @@ class Diagnostics:
             self._any_rewritten = True
         self._check_precision([w for w in weights if w.reason is None])
         self._check_other_uses([w for w in weights if w.reason is None])
+        self._check_sparsity([w for w in weights if w.reason is None])
         if not self._any_rewritten:
             what = _list(weights) or "it has no weight matrices"
             left_by_rules = self._left_by_rules(weights)
@@ -310,6 +311,14 @@ class Diagnostics:
                         f"{weight.name} is sampled for {weight.reads[0].op}, but {use.op}{at} uses the weight itself: "
                         "gws_compile does not know this operation, or does not look into it"
                     )
+
+    def _check_sparsity(self, weights: Sequence[Weight]) -> None:
+        dense = [f"{w.names[-1]}: {w.dense_because}" for w in weights if w.dense_because]
+        if dense:
+            self._say(
+                f"weights that are not sparse, although sparsity says so: {_listed(dense, '; ')}. Give them a rule "
+                "with sparsity=None, or another sparsity"
+            )
 
     def _say_unmatched(self, setting: str, pattern: str, weights: Sequence[Weight]) -> None:
         if f"{setting}={pattern}" in self._effective:

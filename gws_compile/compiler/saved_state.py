@@ -98,7 +98,7 @@ class SavedState:
 
 
 def settings_texts(config: Config, names: Iterable[str]) -> list[list[str]]:
-    """``[name, text]`` of weights by their unique names: format, block and scale."""
+    """``[name, text]`` of weights by their unique names: format, block, scale and sparsity."""
     found = [(name, _settings_of(name, config)) for name in names]
     return [[name, settings.grid_text] for name, settings in found if settings is not None]
 
@@ -165,7 +165,7 @@ def _check_rules(raw: Mapping[str, Any], config: Config) -> None:
         own_text = None if of_weight is None else of_weight.grid_text
         if text != own_text:
             raise ValueError(
-                f"the state was saved with {name} in {text!r} (format, block, scale), this backend "
+                f"the state was saved with {name} in {text!r} (format, block, scale, sparsity), this backend "
                 f"{'leaves it alone' if own_text is None else f'has {own_text!r}'}"
             )
 

@@ -14,7 +14,9 @@ from ..learned_bits.learned_widths import LearnedWidths
 from ..learned_bits.summary import summarize
 from ..numerics.blocks import matrix_shape
 from ..numerics.elements import ElementFormat
+from ..numerics.sparsity import keep
 from ..numerics.spec import SampleSpec
+from ..ops.masks import WeightMask
 from ..report.untraced import untraced_reason
 from ..runtime.sampled_weights import sampling_of
 from ..runtime.weight_slots import Slot
@@ -37,6 +39,8 @@ class DeployedWeight:
         embedded: it is the table of an embedding look-up too, which sees it as it is.
         shape: (matrices, rows, columns).
         note: what a reader of the export should know of it.
+        mask: how it is known what of it is zero; None for a dense one.
+        draw: number of the draw, of which the mask is.
     """
 
     name: str
@@ -48,12 +52,24 @@ class DeployedWeight:
     embedded: bool
     shape: tuple[int, int, int]
     note: str = ""
+    mask: WeightMask | None = None
+    draw: int = 0
 
     @property
     def text(self) -> str:
-        """Format and blocks, for a table."""
+        """Format, blocks and sparsity, for a table."""
         formats = "+".join(fmt.name for fmt in self.formats) if self.settings.learned else self.settings.name
-        return f"{formats} {self.settings.block_text}"
+        return f"{formats} {self.settings.block_text}{f', {self.sparsity}' if self.sparsity else ''}"
+
+    @property
+    def sparsity(self) -> str:
+        """How sparse it is, as text; empty for a dense one."""
+        return "" if self.mask is None else str(self.mask.sparsity)
+
+    def as_read(self, w: torch.Tensor) -> torch.Tensor:
+        """What graphs cast of the whole weight ``w``: in the dtype in which they read it, zero where it is masked."""
+        w = w.detach().to(self.spec.dtype)
+        return w if self.mask is None else keep(w, self.mask.of(w, self.draw))
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +101,7 @@ class DeployedTensor:
 
 
 def deployed_tensors(
-    model: nn.Module, slots: Iterable[Slot], learned: LearnedWidths | None, config: Config
+    model: nn.Module, slots: Iterable[Slot], learned: LearnedWidths | None, config: Config, *, draw: int = 0
 ) -> list[DeployedTensor]:
     """Every tensor of a model's state, each tied one under all its names.
 
@@ -94,10 +110,11 @@ def deployed_tensors(
         slots: the weights that graphs were called with.
         learned: the learned widths; None where widths are fixed.
         config: the settings.
+        draw: number of the current draw.
 
     Raises:
         ValueError: no weight of the model is cast; or learned widths are not frozen; or one graph casts a weight that
-            another one multiplies by as it is.
+            another one multiplies by as it is, or keeps other elements of.
     """
     # Before anything else: FSDP2 then puts shards in the place of what it has gathered.
     state = model.state_dict(keep_vars=True)
@@ -106,7 +123,7 @@ def deployed_tensors(
     for slot in slots:
         tensor = slot.tensor() if slot.is_alive() else None
         if tensor is not None and not tensor.is_meta:
-            weight = _deployed(slot, tensor, learned)
+            weight = _deployed(slot, tensor, learned, draw)
             if weight is not None:
                 weights[id(tensor)] = weight
             else:
@@ -148,7 +165,7 @@ def _owner(model: nn.Module, key: str) -> tuple[nn.Module | None, str]:
         return None, attribute
 
 
-def _deployed(slot: Slot, tensor: torch.Tensor, learned: LearnedWidths | None) -> DeployedWeight | None:
+def _deployed(slot: Slot, tensor: torch.Tensor, learned: LearnedWidths | None, draw: int) -> DeployedWeight | None:
     sampled = sampling_of(slot)
     if sampled is None:
         return None
@@ -157,6 +174,11 @@ def _deployed(slot: Slot, tensor: torch.Tensor, learned: LearnedWidths | None) -
         raise ValueError(
             f"{slot.known_as} is cast in one graph and left alone in another ({left.reason}): no file can hold both. "
             "Exclude it, or mend what is said there"
+        )
+    if any(weight.mask != sampled.mask for weight in slot.graphs if weight.reason is None):
+        raise ValueError(
+            f"{slot.known_as} is sparse along one side in one graph, and along the other, or not at all, in another: "
+            "no file can hold both. Give it a rule with sparsity=None"
         )
     settings = sampled.sampled_as
     spec = replace(settings.sample_spec(sampled.dtype), noise="none")
@@ -176,6 +198,8 @@ def _deployed(slot: Slot, tensor: torch.Tensor, learned: LearnedWidths | None) -
         embedded=any(weight.embedded for weight in slot.graphs),
         shape=matrix_shape(tuple(tensor.shape), batch_dims),
         note=note,
+        mask=sampled.mask,
+        draw=draw,
     )
 
 

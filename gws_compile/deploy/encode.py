@@ -48,7 +48,7 @@ def cast_weight(w: torch.Tensor, weight: DeployedWeight) -> torch.Tensor:
         w: the whole weight, as the model holds it.
         weight: how it is cast.
     """
-    w = w.detach().to(weight.spec.dtype)
+    w = weight.as_read(w)
     parts = [
         sample_eager(part.w, weight.spec, 1, part.block, learned=part.learned, maxima=part.maxima).view(-1)
         for part in weight_parts(
@@ -61,7 +61,7 @@ def cast_weight(w: torch.Tensor, weight: DeployedWeight) -> torch.Tensor:
 def block_scales(w: torch.Tensor, weight: DeployedWeight) -> torch.Tensor:
     """float32: X of each block that is not all zero."""
     found = []
-    w = w.detach().to(weight.spec.dtype)
+    w = weight.as_read(w)
     for part in weight_parts(w, weight.spec, weight.batch_dims, weight.settings.block, weight.parameter, PART_ELEMENTS):
         _, levels, x, _ = levels_eager(part.w, weight.spec, part.block, part.learned, maxima=part.maxima)
         largest = block_maximum(levels, part.block)
@@ -81,7 +81,7 @@ def encode_weight(
         shift: of `Container.shift`.
         keep_cast: keep the cast weight too, of which some rows are stored apart.
     """
-    w = w.detach().to(weight.spec.dtype)
+    w = weight.as_read(w)
     matrices, rows, cols = weight.shape
     block = weight.settings.block
     scales = torch.empty(matrices, *block_counts(block, rows, cols), dtype=torch.float32)

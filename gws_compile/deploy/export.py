@@ -143,4 +143,5 @@ def _row(group: Group, size: int) -> ExportedWeight:
         stored_bytes=size,
         reason=reason,
         note="" if weight is None or container == "dense" else weight.note,
+        sparsity="" if weight is None else weight.sparsity,
     )

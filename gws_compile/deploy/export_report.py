@@ -17,12 +17,13 @@ class ExportedWeight:
     Attributes:
         name: its name in the model.
         shape: the whole weight's.
-        trained: format, or preset, and block that it was trained in; empty for one that is not cast.
+        trained: format, or preset, block and sparsity that it was trained in; empty for one that is not cast.
         container: what holds it: a name that `Backend.export` takes, or ``"dense"``.
         bits: of an element, with its share of the scales.
         stored_bytes: of it in the files, scales included.
         reason: why it stays dense; empty where it is packed.
         note: what else is to be said of it; empty where there is nothing.
+        sparsity: what of it is zero, such as ``"2:4"``, in whatever container; empty for a dense one.
     """
 
     name: str
@@ -33,6 +34,7 @@ class ExportedWeight:
     stored_bytes: int
     reason: str = ""
     note: str = ""
+    sparsity: str = ""
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,8 @@ def weight_record(weight: Weight, config: Config) -> WeightRecord:
         stored_bytes=None if settings is None or settings.learned is not None else _stored_bytes(weight, settings),
         location=weight.reads[0].location if weight.reads else "",
         reads=tuple(map(_read_record, weight.reads)),
+        sparsity="" if settings is None or settings.sparsity is None else str(settings.sparsity),
+        dense_because=weight.dense_because,
     )
 
 

@@ -22,7 +22,7 @@ def measure(weight: SampledWeight, parameter: torch.Tensor | None, bits: float, 
         state: how it is sampled.
     """
     sums = torch.stack([_sums(part) for part in parts(weight, parameter, state)]).sum(0).tolist()
-    signal, error, noise, saturated, flushed, exact = sums
+    signal, error, noise, saturated, flushed, exact, zeros = sums
     shape = tuple(weight.value.shape)
     elements = prod(shape)
     return WeightMetrics(
@@ -36,6 +36,7 @@ def measure(weight: SampledWeight, parameter: torch.Tensor | None, bits: float, 
         saturated=saturated / elements,
         flushed=flushed / elements,
         exact=exact / elements,
+        zeros=zeros / elements,
     )
 
 
@@ -50,6 +51,7 @@ def _sums(part: Part) -> torch.Tensor:
             (w.abs() > part.largest).sum().double(),
             ((w != 0) & (c == 0)).sum().double(),
             (w == c).sum().double(),
+            (c == 0).sum().double(),
         ]
     )
 

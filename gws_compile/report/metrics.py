@@ -16,6 +16,8 @@ from tabulate import tabulate
 class WeightMetrics:
     """What the cast does to one weight ``w``; ``c = cast(w)`` without noise, ``w_hat`` with that of the current draw.
 
+    Of a sparse weight ``w`` is what is kept, with zeros in all other places.
+
     The sums and shares are over all elements, in float64, with ``w`` as the graphs read it. A weight with a NaN or an
     Inf has NaN for its ratios; the elements of its broken blocks count in no share.
 
@@ -31,6 +33,7 @@ class WeightMetrics:
         saturated: share of elements with ``|w|`` above the largest value of their block's grid.
         flushed: share of elements with ``w != 0`` and ``c == 0``.
         exact: share of elements with ``c == w``.
+        zeros: share of elements with ``c == 0``.
     """
 
     name: str
@@ -43,6 +46,7 @@ class WeightMetrics:
     saturated: float
     flushed: float
     exact: float
+    zeros: float
 
 
 class Metrics(Mapping[str, WeightMetrics]):
@@ -74,7 +78,7 @@ class Metrics(Mapping[str, WeightMetrics]):
 
         Returns:
             ``sqnr_min`` and ``sqnr_mean`` over the weights, in dB (and the same of ``sqnr_noise``); ``saturated``,
-            ``flushed``, ``exact`` and ``bits`` over all elements. Empty where there are no weights.
+            ``flushed``, ``exact``, ``zeros`` and ``bits`` over all elements. Empty where there are no weights.
         """
         values: dict[str, float | None] = {}
         for field in ("sqnr", "sqnr_noise"):
@@ -82,11 +86,11 @@ class Metrics(Mapping[str, WeightMetrics]):
             finite = [ratio for ratio in ratios if ratio is not None and math.isfinite(ratio)]
             if finite:
                 values[f"{field}_min"], values[f"{field}_mean"] = min(finite), sum(finite) / len(finite)
-        for field in ("saturated", "flushed", "exact", "bits"):
+        for field in ("saturated", "flushed", "exact", "zeros", "bits"):
             values[field] = self._mean(field)
         if per_weight:
             for weight in self._weights.values():
-                for field in ("sqnr", "sqnr_noise", "saturated", "flushed", "exact", "bits"):
+                for field in ("sqnr", "sqnr_noise", "saturated", "flushed", "exact", "zeros", "bits"):
                     values[f"{weight.name}/{field}"] = getattr(weight, field)
         return {prefix + name: v for name, v in values.items() if v is not None and math.isfinite(v)}
 
@@ -110,14 +114,24 @@ class Metrics(Mapping[str, WeightMetrics]):
                 "" if w.bits is None else f"{w.bits:.3g}",
                 f"{w.sqnr:.2f}",
                 "" if w.sqnr_noise is None else f"{w.sqnr_noise:.2f}",
-                *(f"{100 * share:.3f} %" for share in (w.saturated, w.flushed, w.exact)),
+                *(f"{100 * share:.3f} %" for share in (w.saturated, w.flushed, w.exact, w.zeros)),
             )
             for w in self._weights.values()
         ]
         return tabulate(
             rows,
-            headers=("weight", "format", "bits", "SQNR, dB", "with noise", "saturated", "flushed to 0", "exact"),
-            colalign=("left", "left", *["right"] * 6),
+            headers=(
+                "weight",
+                "format",
+                "bits",
+                "SQNR, dB",
+                "with noise",
+                "saturated",
+                "flushed to 0",
+                "exact",
+                "zeros",
+            ),
+            colalign=("left", "left", *["right"] * 7),
             disable_numparse=True,
         )
 

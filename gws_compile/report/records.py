@@ -61,6 +61,8 @@ class WeightRecord:
         stored_bytes: of the cast weight with its scales, as a file has them; None when left alone, and with learned
             widths, of which `BitsSummary.stored_bytes` tells.
         reads: every read.
+        sparsity: what of it is zero: ``"2:4"``, or the text of `PrunedGroups`; empty for a dense weight.
+        dense_because: why it is dense, although a setting says that it is not; empty otherwise.
     """
 
     name: str
@@ -78,6 +80,8 @@ class WeightRecord:
     rule: str = ""
     stored_bytes: int | None = None
     reads: tuple[ReadRecord, ...] = ()
+    sparsity: str = ""
+    dense_because: str = ""
 
     @property
     def hint(self) -> str:

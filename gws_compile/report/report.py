@@ -138,7 +138,10 @@ class Report:
             "scale": [r.scale for r in self.records],
             "noise": [r.noise if r.rewritten else f"left alone: {r.reason}" for r in self.records],
             "rule": [r.rule for r in self.records],
+            "sparsity": [f"dense: {r.dense_because}" if r.dense_because else r.sparsity for r in self.records],
         }
+        if not any(columns["sparsity"]):
+            del columns["sparsity"]
         if not self.has_rules:  # the settings are the same for all
             for name in ("block", "scale", "rule"):
                 del columns[name]
@@ -146,7 +149,7 @@ class Report:
             columns,
             headers="keys",
             colalign=["right" if name in ("shape", "bits") else "left" for name in columns],
-            maxcolwidths=[60 if name == "noise" else None for name in columns],
+            maxcolwidths=[60 if name in ("noise", "sparsity") else None for name in columns],
             disable_numparse=True,
         )
         parameters = sum(prod(r.shape) for r in self.rewritten)

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..config import Config
-from ..numerics.blocks import Blocks, block_maximum
+from ..numerics.blocks import Blocks, block_maximum, matrix_shape
 from ..numerics.elements import ElementFormat
 from ..numerics.keys import key_words
 from ..numerics.primitives import TorchPrimitives
+from ..numerics.sparsity import keep
 from ..numerics.spec import SampleSpec
 from ..ops.eager import sample_eager
 from ..ops.parts import weight_parts
@@ -52,7 +53,7 @@ class Part:
     """Some rows of a weight.
 
     Attributes:
-        w: (matrices, rows, columns), in the dtype in which the weight is sampled.
+        w: (matrices, rows, columns), in the dtype in which the weight is sampled; 0 where it is masked.
         cast: without noise, shape and dtype of ``w``.
         noisy: with the noise of the draw; None for a weight that gets none.
         largest: float64, of each element's block: the grid's largest value, with an exact scale the block maximum; NaN
@@ -85,6 +86,11 @@ def parts(
         spec = replace(spec, fmt=state.fmt, scale=None)
     without_noise = replace(spec, noise="none")
     w = whole_tensor(weight.value).to(weight.dtype)
+    mask = None
+    if weight.mask is not None:
+        mask = weight.mask.of(w, state.draw.step)
+        w = keep(w, mask)
+        mask = mask.expand(w.shape).reshape(matrix_shape(w.shape, weight.batch_dims))
     key = torch.tensor(key_words(state.config.seed, weight.name), dtype=torch.int32, device=w.device)
     clock = torch.tensor(state.clock, dtype=torch.int32, device=w.device)
     block = weight.settings.block
@@ -103,6 +109,10 @@ def parts(
                 offset=(part.first, part.start, 0),
                 maxima=part.maxima,
             )
+            if mask is not None:
+                count, height = part.w.shape[:2]
+                kept = mask[part.first : part.first + count, part.start : part.start + height]
+                noisy = keep(noisy, kept)
         cast = sample_eager(part.w, without_noise, 1, part.block, learned=part.learned, maxima=part.maxima)
         largest = _largest(part.w, part.learned, without_noise, part.block, part.maxima)
         yield Part(part.w, cast, noisy, largest)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..ops.masks import WeightMask
 from ..passes import Weight
 from ..settings.weight_settings import WeightSettings
 from ..weight_names import first_free
@@ -25,6 +26,7 @@ class SampledWeight:
         batch_dims: see `gws_compile.numerics.blocks.matrix_shape`.
         settings: how it is sampled.
         noisy: whether it gets noise in training.
+        mask: how it is known what of it is zero; None for a dense one.
     """
 
     name: str
@@ -34,6 +36,7 @@ class SampledWeight:
     batch_dims: int
     settings: WeightSettings
     noisy: bool
+    mask: WeightMask | None = None
 
 
 def unique_names(slots: Iterable[Slot]) -> dict[Slot, str]:
@@ -66,4 +69,6 @@ def sampled_weights(slots: Iterable[Slot]) -> Iterator[SampledWeight]:
         if value is None or value.is_meta or weight is None:
             continue
         dims = weight.reads[0].batch_dims
-        yield SampledWeight(names[slot], slot, value.detach(), weight.dtype, dims, weight.sampled_as, weight.noisy)
+        yield SampledWeight(
+            names[slot], slot, value.detach(), weight.dtype, dims, weight.sampled_as, weight.noisy, weight.mask
+        )

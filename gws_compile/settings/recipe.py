@@ -16,9 +16,9 @@ class Recipe:
     """What `gws_compile.backend` takes as ``recipe``: the values of other arguments, which win where they are given.
 
     Attributes:
-        weights: ``fmt``, ``noise``, ``bits``, ``block`` and ``scale`` of the weights, those that the recipe says; or a
-            format alone. Blocks with fewer rows than columns, or more, run along what each product sums over, and are
-            rounded anew for dgrad.
+        weights: ``fmt``, ``noise``, ``bits``, ``block``, ``scale`` and ``sparsity`` of the weights, those that the
+            recipe says; or a format alone. Blocks with fewer rows than columns, or more, run along what each product
+            sums over, and are rounded anew for dgrad.
         activations, gradients, attention: as the arguments.
         rules: behind those that are given.
 

@@ -12,7 +12,7 @@ from .learned_bits import LearnedBits
 from .nearest import nearest
 from .weight_settings import GivenSettings, WeightSettings
 
-KEYS = ("fmt", "bits", "block", "scale", "noise")
+KEYS = ("fmt", "bits", "block", "scale", "noise", "sparsity")
 """What a rule can say of a weight."""
 
 RuleSetting = str | Mapping[str, Any] | None
@@ -122,6 +122,7 @@ def _over(base: GivenSettings, given: Mapping[str, Any]) -> GivenSettings:
         bits=bits,
         block=given.get("block", None if is_preset else base.block),
         scale=given.get("scale", "auto" if is_preset or (base.scale == "nvfp4" and own_format) else base.scale),
+        sparsity=given.get("sparsity", base.sparsity),
     )
 
 

@@ -18,6 +18,7 @@ from ..numerics.presets import PRESETS, read_format
 from ..numerics.scales import SCALES, Scale
 from ..numerics.spec import SampleSpec
 from .learned_bits import LearnedBits, check_bits
+from .sparsity import Sparsity, SparsityLike, as_sparsity
 
 DEFAULT_FORMAT = "fp8_e4m3"
 DEFAULT_BLOCK = (32, 32)
@@ -36,6 +37,7 @@ class GivenSettings:
         bits: a number, `LearnedBits`, or None for the format's own width.
         block: None for the preset's, or 32 x 32.
         scale: `ScaleSetting`.
+        sparsity: ``"N:M"``, `PrunedGroups`, or None.
     """
 
     fmt: str | ElementFormat | None
@@ -43,6 +45,7 @@ class GivenSettings:
     bits: float | LearnedBits | None
     block: Block | None
     scale: ScaleSetting
+    sparsity: SparsityLike = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class WeightSettings:
         block: rows and columns that share a maximum and a scale.
         scale: rule of the block scale.
         preset: the name that stood for format, block and scale; empty where none did.
+        sparsity: which elements are zero; None for a dense weight.
     """
 
     fmt: ElementFormat
@@ -69,6 +73,7 @@ class WeightSettings:
     block: Block
     scale: Scale
     preset: str = ""
+    sparsity: Sparsity | None = None
 
     @staticmethod
     def make(given: GivenSettings, *, scheduled: bool = False) -> WeightSettings:
@@ -112,6 +117,7 @@ class WeightSettings:
             block=block,
             scale=scale,
             preset="" if preset is None else preset.name,
+            sparsity=as_sparsity(given.sparsity),
         )
 
     @property
@@ -129,9 +135,10 @@ class WeightSettings:
 
     @property
     def grid_text(self) -> str:
-        """Format, block and scale, as a saved state names them."""
+        """Format, block, scale and sparsity, as a saved state names them; of a dense weight the first three."""
         rows, cols = self.block
-        return f"{self.fmt.spec} {rows or 'all'}x{cols or 'all'} {self.scale or 'none'}"
+        sparse = "" if self.sparsity is None else f" {self.sparsity}"
+        return f"{self.fmt.spec} {rows or 'all'}x{cols or 'all'} {self.scale or 'none'}{sparse}"
 
     def stored_bytes(self, matrices: int, rows: int, cols: int) -> int:
         """Bytes of the cast weight with its scales, as a file has them: a preset's file may repeat a block's scale.

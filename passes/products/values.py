@@ -13,7 +13,7 @@ VIEWS = frozenset(
     "view _unsafe_view reshape permute t transpose expand unsqueeze squeeze slice select getitem split "
     "split_with_sizes unsafe_split unbind alias detach clone _to_copy convert_element_type contiguous "
     "lift_fresh_copy view_as index index_select wait_tensor all_gather_into_tensor "
-    "all_gather_into_tensor_coalesced".split()
+    "all_gather_into_tensor_coalesced apply_mask".split()
 )
 """What a value goes through as it is, rearranged, in part, or in another dtype: it is the first argument."""
 

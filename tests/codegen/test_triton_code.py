@@ -21,8 +21,10 @@ from torch import nn
 
 import gws_compile
 import gws_compile.codegen.lowering
+import gws_compile.codegen.masks
 from gws_compile.numerics.formats import FloatFormat
 from gws_compile.numerics.scales import needs_block_maximum
+from gws_compile.ops.masks import VERSION
 from gws_compile.ops.sample_arguments import OPERATOR_VERSION
 
 pytest.importorskip("triton")
@@ -115,6 +117,14 @@ def rounded(x: torch.Tensor, settings: tuple, batch_dims: int = 0) -> torch.Tens
 
 def transformed(x: torch.Tensor, size: int, rows: bool) -> torch.Tensor:
     return torch.ops.gws.hadamard(x, size, 0, rows, OPERATOR_VERSION)
+
+
+def masked(w: torch.Tensor, batch_dims: int, over_rows: bool, kept: int, of: int) -> torch.Tensor:
+    """A sparse weight, as the backend masks it."""
+    mask = torch.ops.gws.element_mask(w, batch_dims, over_rows, kept, of, VERSION)
+    held = torch.ops.gws.apply_mask(w, mask, None, VERSION)
+    sampled = sample(held, KEY, ON, "e4m3", "rounded_normal", "floor", (32, 32), batch_dims)
+    return torch.ops.gws.apply_mask(sampled, mask, w, VERSION)
 
 
 def extrema(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -263,9 +273,32 @@ TRANSFORMS = {
     "rotated features": Call(transformed, (randn(24, 64), 16, False)),
     "rotated tokens": Call(transformed, (randn(64, 24).bfloat16(), 32, True)),
 }
+MASKED = {
+    f"masked {kept}:{of}{', rows' if over_rows else ''}, {tuple(w.shape)}": Call(
+        masked, (w, batch_dims, over_rows, kept, of)
+    )
+    for w, batch_dims, over_rows, kept, of in (
+        (randn(40, 72), 0, False, 2, 4),
+        (randn(72, 40).bfloat16(), 0, True, 2, 4),
+        (randn(3, 16, 24), 1, True, 1, 8),
+        (randn(8, 4, 3, 3), 0, False, 4, 6),
+    )
+}
 BEYOND_INT32, TRAIN, EXTREMA = "more than 2**31 elements", "training", "extrema"
 CALLS = (
-    SAMPLES | ONCE | EXACT | MOVED | MAXIMA | LINEARS | TWICE | LEARNED | GRADIENTS | LARGE | OPERANDS | TRANSFORMS
+    SAMPLES
+    | ONCE
+    | EXACT
+    | MOVED
+    | MAXIMA
+    | LINEARS
+    | TWICE
+    | LEARNED
+    | GRADIENTS
+    | LARGE
+    | OPERANDS
+    | TRANSFORMS
+    | MASKED
 ) | {
     BEYOND_INT32: sample_call(meta(2**16, 2**15 + 2, dtype=torch.bfloat16), interpret=False),
     TRAIN: Call(train_step, (randn(4, 40), "inductor"), compiled=False),
@@ -363,6 +396,15 @@ def assert_same_bits(actual: torch.Tensor, wanted: torch.Tensor) -> None:
 @pytest.mark.parametrize("name", [*SAMPLES, *ONCE, *EXACT, *MOVED, *OPERANDS, *TRANSFORMS])
 def test_results_are_those_of_the_eager_kernel(outcomes, name):
     assert_same_bits(outcomes[name].result, CALLS[name].fn(*CALLS[name].args))
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_masks_are_those_of_the_eager_kernel(outcomes, name):
+    """Elementwise code beside the block maxima: no sort, and nothing outside the kernels."""
+    assert_same_bits(outcomes[name].result, CALLS[name].fn(*CALLS[name].args))
+    source = code(outcomes[name])
+    assert "sort" not in source
+    assert "torch.ops.gws" not in source
 
 
 def test_operands_are_fused_with_what_precedes(outcomes):

@@ -143,7 +143,7 @@ BAD = {
     "settings entry": (changed("settings", [["fc.weight", 3]]), r"settings\[0\] must be a pair of name and text, got"),
     "other settings": (
         changed("settings", [["fc.weight", "e8m7 16x16 floor"]]),
-        r"fc.weight in 'e8m7 16x16 floor' \(format, block, scale\), this backend has 'e8m7 32x32 floor'",
+        r"fc.weight in 'e8m7 16x16 floor' \(format, block, scale, sparsity\), this backend has 'e8m7 32x32 floor'",
     ),
     # The weights.
     "weights none": (changed("weights", None), r"weights must be a list of \[name, shape\], got None"),

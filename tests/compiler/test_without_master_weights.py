@@ -236,6 +236,21 @@ def test_evaluation_sees_the_parameters_themselves():
     assert torch.equal(compiled(torch.eye(40)).detach(), model.fc.weight.t())
 
 
+def test_a_sparse_weight_is_its_parameter_where_it_is_kept():
+    torch.manual_seed(0)
+    model, pqt = OneLayer(bias=False), backend("int4", block=(1, 40), sparsity="2:4")
+    compiled = torch.compile(model, backend=pqt)
+    train(compiled, torch.optim.SGD(model.parameters(), 0.1), range(3))
+    weight = model.fc.weight.detach()
+    assert torch.equal(gws_compile.quantize(weight, "int4", (1, 40)), weight)
+    # The two largest of four, the first of those that are as large: by a stable sort.
+    groups = weight.view(40, 10, 4)
+    order = groups.abs().argsort(dim=2, descending=True, stable=True)
+    kept = torch.zeros_like(groups).scatter_(2, order[..., :2], 1.0)
+    with torch.no_grad():
+        assert torch.equal(compiled(torch.eye(40)).t(), (groups * kept).view(40, 40))
+
+
 def test_a_tied_table_lies_on_the_grid_too():
     class Tied(nn.Module):
         def __init__(self):
@@ -291,6 +306,10 @@ def test_the_state_of_another_kind_is_refused():
         (
             {"rules": [("*.up.*", {"noise": "rounded_normal"})]},
             "noise must be 'none', or left out, got 'rounded_normal'",
+        ),
+        (
+            {"sparsity": gws_compile.PrunedGroups(0.5)},
+            "with master=False sparsity must be 'N:M' or None, got 'rows:0.5'",
         ),
         ({"bits": gws_compile.LearnedBits()}, "bits=LearnedBits(...) learns from the noise: noise must not be 'none'"),
     ],

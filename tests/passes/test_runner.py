@@ -20,8 +20,10 @@ import gws_compile
 from gws_compile import LearnedBits
 from gws_compile.config import Config
 
-NAMES = ["find_reads", "select_weights", "insert_samples", "fold_casts", "mark_recompute", "round_attention"]
-OPTIONAL = NAMES[2:]
+NAMES = [
+    "find_reads", "select_weights", "insert_samples", "fold_casts", "insert_masks", "mark_recompute", "round_attention",
+]  # fmt: skip
+OPTIONAL = [name for name in NAMES[2:] if name != "insert_masks"]
 
 NOTHING_IS_REWRITTEN = pytest.mark.filterwarnings("ignore:no weight has been rewritten:gws_compile.GwsWarning")
 
@@ -64,6 +66,7 @@ def test_passes_in_their_order_with_their_settings():
         {"names": {}, "is_table": is_table},
         {"config": config},
         {"config": config},
+        {},
         {},
         {"backward": "recompute"},
         {"attention": None, "scheduled": False},
@@ -124,7 +127,7 @@ def test_the_log_has_a_line_for_each_pass_behind_the_summary(caplog):
     found = [re.fullmatch(r"graph 0: pass (\w+): \d+\.\d\d ms, ([+-]\d+) nodes", line) for line in lines[: len(NAMES)]]
     assert [match[1] for match in found] == NAMES
     # Two keys and a clock in the graph, a key and the clock in the body, two samples.
-    assert [int(match[2]) for match in found] == [0, 0, 7, 0, 0, 0]
+    assert [int(match[2]) for match in found] == [0, 0, 7, 0, 0, 0, 0]
     assert not any("pass" in line for line in lines[len(NAMES) :])
 
 

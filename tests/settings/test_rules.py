@@ -95,7 +95,10 @@ def test_texts_of_a_report():
         ([([], "int4")], r"rules\[0\] must begin with a glob"),
         ([("a.*", {"width": 4})], r"rules\[0\], 'a.\*': unknown key 'width': accepted: fmt, bits, block"),
         ([("a.*", {"blocks": 3})], r"rules\[0\], 'a.\*': unknown key 'blocks': did you mean 'block'\?"),
-        ([("a.*", {})], r"rules\[0\], 'a.\*': it says nothing; give some of fmt, bits, block, scale, noise, or None"),
+        (
+            [("a.*", {})],
+            r"rules\[0\], 'a.\*': it says nothing; give some of fmt, bits, block, scale, noise, sparsity, or None",
+        ),
         ([("a.*", "fp9")], r"rules\[0\], 'a.\*': unknown format 'fp9'; accepted"),
         ([("a.*", {"bits": 30})], r"rules\[0\], 'a.\*': bits must be a number from 2 to 24, got 30"),
         ([("a.*", {"bits": LearnedBits()})], r"bits must be a number or None, got LearnedBits"),
