@@ -75,7 +75,8 @@ class Weight:
         position: index of that placeholder among the graph's inputs.
         source: where Dynamo has read it from, such as ``L['self']._modules['fc']._parameters['weight']``.
         names: what globs on its name are matched with: its qualified name relative to the compiled module and, where it
-            is another one, that in the outermost module that is being called.
+            is another one, that in the outermost module that is being called. Where a function was compiled, also its
+            name behind what the function calls the model by, as in ``teacher.fc.weight``.
         shape, dtype, device, trainable: of the parameter; ``trainable`` is its ``requires_grad``.
         shard: the part that this rank holds, where the parameter is a DTensor.
         reads: where it is read.
