@@ -7,7 +7,8 @@ as it is: ``exclude="teacher.*"``. What is compared is the deployed student: its
 
     python examples/distill_gpt.py                                  # about 20 minutes on a CPU core
     python examples/distill_gpt.py --start random --formats int2    # students that begin with random weights
-    python examples/distill_gpt.py --formats int2 levels2 levels3   # the formats' levels trained, too
+    python examples/distill_gpt.py --formats uniform2 normal2       # levels that are trained: gws_compile.Levels
+    python examples/distill_gpt.py --formats uniform2 normal2 --fixed-levels
 
 Needs ``pip install "gws-compile[examples]"``.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -71,14 +73,27 @@ def loss_of(student: torch.nn.Module, teacher: torch.nn.Module | None) -> Callab
 def backend_of(parsed: argparse.Namespace, run: dict[str, Any]) -> gws_compile.Backend:
     """What a student is compiled with. A teacher that is not excluded would be cast, frozen as it is."""
     exclude = (*gws_compile.DEFAULT_EXCLUDE, *(("teacher.*",) if run["taught"] else ()))
-    return gws_compile.backend(run["fmt"], exclude=exclude, seed=run["seed"], inner=parsed.inner, noise=parsed.noise)
+    levels = re.fullmatch(r"(uniform|normal)(\d)", run["fmt"])
+    if levels is not None:  # they have no noise
+        fmt, noise = getattr(gws_compile.Levels, levels[1])(int(levels[2])), None
+    else:
+        fmt, noise = run["fmt"], parsed.noise
+    return gws_compile.backend(fmt, exclude=exclude, seed=run["seed"], inner=parsed.inner, noise=noise)
 
 
 def train(
-    name: str, model: torch.nn.Module, loss: Callable[[torch.Tensor], torch.Tensor], text: Text, steps: int, seed: int
+    name: str,
+    model: torch.nn.Module,
+    loss: Callable[[torch.Tensor], torch.Tensor],
+    text: Text,
+    steps: int,
+    seed: int,
+    levels: Sequence[torch.nn.Parameter] = (),
 ) -> None:
-    """Train a model in place."""
+    """Train a model in place, and the levels of its format."""
     optimizer = adamw(model, SIZE.lr)
+    if levels:
+        optimizer.add_param_group({"params": levels, "weight_decay": 0.0})
     schedule = learning_rate_schedule(optimizer, steps)
     bar = tqdm(range(steps), desc=name, mininterval=seconds_between_lines())
     for _, tokens in zip(bar, text.batches(SIZE.batch, SIZE.seq, seed=seed), strict=False):
@@ -115,7 +130,11 @@ def student_loss(parsed: argparse.Namespace, teacher: torch.nn.Module, text: Tex
     pqt = backend_of(parsed, run)
     loss = torch.compile(loss_of(student, teacher if run["taught"] else None), backend=pqt, fullgraph=True)
     name = f"{run['fmt']}, seed {run['seed']}, {'taught' if run['taught'] else 'alone'}"
-    train(name, student, loss, text, parsed.steps, seed=run["seed"] + 1)
+    loss(next(text.batches(SIZE.batch, SIZE.seq, seed=0)))  # a first forward makes the levels
+    levels = list(pqt.parameters())
+    for one in levels:
+        one.requires_grad_(not parsed.fixed_levels)
+    train(name, student, loss, text, parsed.steps, run["seed"] + 1, [one for one in levels if one.requires_grad])
     return held_out_loss(torch.compile(student, backend=pqt), text)
 
 
@@ -134,13 +153,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", choices=MODELS, default="gpt2", help="of teacher and student (default: %(default)s)")
-    add("--formats", nargs="+", default=["int2", "int3", "fp4_e2m1"], help="of the student (default: %(default)s)")
+    add(
+        "--formats",
+        nargs="+",
+        default=["int2", "int3", "fp4_e2m1"],
+        help="of the student; uniformN and normalN are 2^N levels that are trained (default: %(default)s)",
+    )
     add(
         "--noise",
         choices=("rounded_normal", "uniform", "none"),
         default="rounded_normal",
         help="(default: %(default)s)",
     )
+    add("--fixed-levels", action="store_true", help="levels of uniformN and normalN stay as they begin")
     add("--start", choices=("teacher", "random"), default="teacher", help="weights of a student (default: %(default)s)")
     add("--teacher-steps", type=int, default=800, help="(default: %(default)s)")
     add("--steps", type=int, default=200, help="of a student (default: %(default)s)")

@@ -143,6 +143,12 @@ class Weight:
         return self.draws or self.products.scheduled
 
     @property
+    def trains_learned(self) -> bool:
+        """Whether its graph trains what is learned of it beside its values: widths by the noise, or levels."""
+        leveled = self.settings is not None and self.settings.levels is not None
+        return self.gradients and self.reason is None if leveled else self.noisy
+
+    @property
     def gradients(self) -> bool:
         """Whether gradients flow to it through a read."""
         return any(read.gradients for read in self.reads)

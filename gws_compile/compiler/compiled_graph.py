@@ -97,6 +97,9 @@ def _compile(
     if inner != "eager":
         from ..codegen import lowering  # noqa: F401  (registers the operator's lowering; imports Inductor)
     if inner == "inductor":
+        from ..levels.inductor import register
+
+        register()
         return compilers.inductor_compile(gm, inputs, mode=mode, options=options, graph_pass=graph_pass)
     if graph_pass is not None:
         compiler = inner if callable(inner) else lambda graph, _: graph.forward

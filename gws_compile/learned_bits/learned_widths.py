@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,15 +9,12 @@ import torch
 from torch import nn
 
 from ..settings.learned_bits import LearnedBits
-from ..warning import GwsWarning
 from .average_constraint import AverageConstraint
+from .followed import Followed
 from .history import WidthHistory
 from .loss import distance_from_target, widths_and_shares
 from .parameters import WidthParameters
 from .summary import BitsSummary, summarize
-
-_PATIENCE = 10
-"""Optimizer steps within which some optimizer should have taken the widths."""
 
 
 class LearnedWidths:
@@ -40,8 +36,7 @@ class LearnedWidths:
         self._scheduled = scheduled
         self.history = WidthHistory(self.parameters.rule.min, self.parameters.rule.max)
         self.constraint = None if settings.average is None else AverageConstraint(settings.average)
-        self._followed: set[str] = set()
-        self._waited = 0
+        self._followed = Followed(self.parameters, "bit widths")
 
     def summary(self) -> BitsSummary | None:
         """Average, formats and bytes, of each weight and of all; None while no weight is known."""
@@ -79,11 +74,7 @@ class LearnedWidths:
         weights = self.parameters.by_name.values()
         if self.parameters.frozen or not weights:
             return
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        followed = {name for name, weight in self.parameters.by_name.items() if id(weight.parameter) in held}
-        self._followed |= followed
-        self._notice_unfollowed()
-        if not followed:
+        if not self._followed.after_step(optimizer):
             return
         due = self.history.due()
         if not due and self.constraint is None:
@@ -95,24 +86,6 @@ class LearnedWidths:
         if self.constraint is not None:
             gradients = torch.cat([_gradient(weight.parameter).reshape(-1).to(widths.device) for weight in weights])
             self.constraint.update((widths * shares).sum(), gradients / self.parameters.rule.slope, shares)
-
-    def _notice_unfollowed(self) -> None:
-        unfollowed = [
-            name
-            for name, weight in self.parameters.by_name.items()
-            if weight.parameter.grad is not None and name not in self._followed
-        ]
-        if not unfollowed:
-            return
-        self._waited += 1
-        if self._waited == _PATIENCE:
-            warnings.warn(
-                f"{_PATIENCE} optimizer steps, and no optimizer has the bit widths of {', '.join(unfollowed[:8])}, "
-                "which do get gradients: give Backend.parameters() to one, after Backend.prepare(model, ...) or the "
-                "first forward",
-                GwsWarning,
-                stacklevel=2,
-            )
 
     def state_dict(self) -> dict[str, Any]:
         """`WidthParameters.state_dict`, and ``"steering"``, the constraint's, where there is one."""

@@ -22,9 +22,9 @@ class TracedWeight:
     """A weight of a graph that is being traced.
 
     Attributes:
-        names: in the module that was compiled and, where it is another one, in the outermost that is being called. Where
-            a function was compiled: in the outermost module that it reaches the weight through, and the same behind
-            what the function calls that module by, as in ``teacher.fc.weight``.
+        names: in the module that was compiled and, where it is another one, in the outermost that is being called.
+            Where a function was compiled: in the outermost module that it reaches the weight through, and the same
+            behind what the function calls that module by, as in ``teacher.fc.weight``.
         places: where it stands in the modules that are known; several where it is tied.
     """
 
