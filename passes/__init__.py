@@ -3,6 +3,7 @@
     find_reads      lists the graph's weights, and follows each to what uses it        changes nothing
     select_weights  says how each is sampled, or why it is left alone             changes nothing
     insert_samples  puts ``gws::sample_weight`` between a weight and its reads         new nodes, new inputs
+                    (of trained levels ``gws::cast_to_levels``, see `insert_levels`)
     fold_casts      has a sample come in the dtype that its reads convert it to        the samples' arguments
     mark_recompute  marks the samples that backward is to draw again                   the samples' metadata
     round_attention takes attention apart and rounds what it multiplies                new nodes, a clock
@@ -17,6 +18,7 @@ nothing of one another; shared by them are
     graph_walk      views and checkpoint bodies                    input_layout      the inputs that are added
     operations      what an operation does with a weight           parameter_constants  what is computed of parameters
     runner          runs them, timed, logged and traced              weight_maxima     maxima over several ranks
+    sample_nodes    the nodes of samples, and their arguments
 """
 
 from __future__ import annotations

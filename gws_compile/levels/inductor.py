@@ -22,8 +22,8 @@ def _decomposed(*arguments: Any) -> torch.Tensor:
     w = given.w
     _, rows, cols = matrix_shape(w.shape, given.batch_dims)
     sides = clamped(given.block, rows, cols)
-    # The operator keeps the strides. And with partial blocks Inductor's loops on a CPU leave elements out (torch 2.13:
-    # CppScheduling.try_loop_split splits a loop of 72 by 32 into 2 of 32).
+    # The operator keeps the strides. And of partial blocks Inductor's loops on a CPU would leave elements out:
+    # CppScheduling.try_loop_split splits a loop of 72 by 32 into 2 of 32 (docs/torch.md).
     if not w.is_contiguous() or rows % sides[0] or cols % sides[1]:
         whole: torch.Tensor = torch.ops.gws.cast_to_levels_whole(*given.call())
         return whole
