@@ -18,11 +18,13 @@ The layers, from above; each imports only from those below it:
     compiler                the protocol of torch.compile
     deploy                  what comes out: files of low-bit weights
     report                  what was rewritten and what was not
+    learned_levels          trained levels
     learned_bits            trained bit widths
     runtime                 what a call of a compiled graph needs
     passes                  the graph passes, a file each
     codegen                 Inductor's lowerings and loops, the C++ kernel
     ops                     the operators and the public references
+    levels                  the cast onto levels, and its operators
     config                  the settings of a backend
     recipes                 named recipes, a file each
     settings                what they consist of: settings of a weight, rules, schedules, learned widths
@@ -51,6 +53,7 @@ from .report.records import GraphBreak, GraphRecord, ProductRecord, ReadRecord, 
 from .report.report import Report
 from .settings.attention import AttentionOperands
 from .settings.learned_bits import LearnedBits
+from .settings.levels import Levels
 from .settings.model_blocks import edge_blocks
 from .settings.operands import Operand
 from .settings.recipe import Recipe
@@ -75,6 +78,7 @@ __all__ = [
     "GwsWarning",
     "IntFormat",
     "LearnedBits",
+    "Levels",
     "Metrics",
     "Operand",
     "Preset",

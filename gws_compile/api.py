@@ -14,6 +14,7 @@ from .numerics.noise import Noise
 from .report.report import Report
 from .settings.attention import AttentionLike
 from .settings.learned_bits import LearnedBits
+from .settings.levels import Levels
 from .settings.operands import OperandLike
 from .settings.recipe import Recipe
 from .settings.rules import RuleLike
@@ -23,7 +24,7 @@ from .settings.weight_settings import DEFAULT_FORMAT, ScaleSetting
 
 
 def backend(
-    fmt: str | ElementFormat | None = DEFAULTS.fmt,
+    fmt: str | ElementFormat | Levels | None = DEFAULTS.fmt,
     *,
     noise: Noise | None = DEFAULTS.noise,
     bits: float | LearnedBits | None = DEFAULTS.bits,
@@ -54,10 +55,12 @@ def backend(
 
     Args:
         fmt: format of the cast: a name in `FORMATS`, any ``"eXmY"``, ``"int2"`` to ``"int8"``, a `FloatFormat` or
-            `IntFormat`; or a name in `PRESETS`, which also says block and scale; ``"fp8_e4m3"`` when None. With learned
-            widths it is the format of training, and the widest of their formats (bf16) when None.
+            `IntFormat`; a name in `PRESETS`, which also says block and scale; or `Levels`, which are trained;
+            ``"fp8_e4m3"`` when None. With learned widths it is the format of training, and the widest of their formats
+            (bf16) when None.
         noise: law of R: ``"rounded_normal"``, round(N(0,1) / 2); ``"uniform"``, DiffQ's U(-1/2, 1/2); ``"none"``, the
-            cast alone with a straight-through gradient. When None ``"rounded_normal"``, or what the recipe says.
+            cast alone with a straight-through gradient. When None ``"rounded_normal"``, or what the recipe says; with
+            `Levels` ``"none"``.
         bits: bit width b, 2 to 24, of the noise amplitude; when None the format's mantissa bits + 2, and N for intN.
             `LearnedBits` for widths that are trained.
         block: rows and columns that share a maximum and a scale, None for a whole side: (1, None) is a row,
@@ -128,7 +131,7 @@ def backend(
 def explain(
     model: Callable[..., Any],
     *args: Any,
-    fmt: str | ElementFormat = DEFAULT_FORMAT,
+    fmt: str | ElementFormat | Levels = DEFAULT_FORMAT,
     backend: Backend | None = None,
     **kwargs: Any,
 ) -> Report:

@@ -19,6 +19,7 @@ from .numerics.spec import SampleSpec
 from .recipes import as_recipe
 from .settings.attention import AttentionLike, AttentionOperands, as_attention
 from .settings.learned_bits import LearnedBits
+from .settings.levels import Levels
 from .settings.operands import Operand, OperandLike, ProductSettings, as_operand, check_role
 from .settings.recipe import Recipe
 from .settings.rules import Rule, RuleLike, make_rules
@@ -89,11 +90,11 @@ class Settings:
     variables of the environment and the options of the command line are made of `SETTINGS`.
     """
 
-    fmt: str | ElementFormat | None = field(
+    fmt: str | ElementFormat | Levels | None = field(
         default=None,
         metadata={
             "help": 'format of the cast: a name in `FORMATS`, any "eXmY", "int2" to "int8", a `FloatFormat` or '
-            "`IntFormat`; or a name in `PRESETS`, which also says block and scale; "
+            "`IntFormat`; a name in `PRESETS`, which also says block and scale; or `Levels`, which are trained; "
             f'"{DEFAULT_FORMAT}" when None. With learned widths it is the format of training, and the widest of their '
             "formats (bf16) when None.",
             "metavar": "FORMAT",
@@ -103,7 +104,8 @@ class Settings:
         default=None,
         metadata={
             "help": 'law of R: "rounded_normal", round(N(0,1) / 2); "uniform", DiffQ\'s U(-1/2, 1/2); "none", the cast '
-            'alone with a straight-through gradient. When None "rounded_normal", or what the recipe says.',
+            'alone with a straight-through gradient. When None "rounded_normal", or what the recipe says; with '
+            '`Levels` "none".',
             "metavar": "LAW",
         },
     )
@@ -281,7 +283,7 @@ class Config:
 
     @staticmethod
     def make(
-        fmt: str | ElementFormat | None = DEFAULTS.fmt,
+        fmt: str | ElementFormat | Levels | None = DEFAULTS.fmt,
         *,
         noise: Noise | None = DEFAULTS.noise,
         bits: float | LearnedBits | None = DEFAULTS.bits,
@@ -311,7 +313,7 @@ class Config:
         for name, flag in (("master", master), ("strict", strict)):
             if not isinstance(flag, bool):
                 raise ValueError(f"{name} must be True or False, got {flag!r}")
-        made = as_recipe(recipe, fmt)
+        made = as_recipe(recipe, None if isinstance(fmt, Levels) else fmt)
         noise = "none" if not master and noise is None and (made is None or "noise" not in made.of_weights) else noise
         if sparsity is None and made is not None:
             sparsity = made.of_weights.get("sparsity")
@@ -361,7 +363,7 @@ class Config:
 
     @property
     def fmt(self) -> ElementFormat:
-        """Element format of the cast."""
+        """Element format of the cast; that in which levels are stored, where they are trained."""
         return self.weights.fmt
 
     @property
@@ -378,6 +380,12 @@ class Config:
     def learned(self) -> LearnedBits | None:
         """The learned widths; None for fixed ones."""
         return self.weights.learned
+
+    @property
+    def tables(self) -> tuple[Levels, ...]:
+        """The tables of levels that weights may be cast to, by their names."""
+        settings = (self.weights, *(rule.settings for rule in self.rules))
+        return tuple(one.levels for one in settings if one is not None and one.levels is not None)
 
     @property
     def block(self) -> Block:
@@ -459,7 +467,7 @@ class Config:
 
 def _given(
     recipe: Recipe | None,
-    fmt: str | ElementFormat | None,
+    fmt: str | ElementFormat | Levels | None,
     noise: Noise | None,
     bits: float | LearnedBits | None,
     block: Block | None,
@@ -471,15 +479,17 @@ def _given(
         of_recipe = {key: value for key, value in of_recipe.items() if key in ("noise", *_kept(of_recipe, fmt))}
     return GivenSettings(
         fmt=of_recipe.get("fmt") if fmt is None else fmt,
-        noise=of_recipe.get("noise", "rounded_normal") if noise is None else noise,
+        noise=of_recipe.get("noise") if noise is None else noise,
         bits=of_recipe.get("bits") if bits is None else bits,
         block=of_recipe.get("block") if block is None else block,
         scale=of_recipe.get("scale", "auto") if scale == "auto" else scale,
     )
 
 
-def _kept(of_recipe: dict[str, Any], fmt: str | ElementFormat) -> tuple[str, ...]:
+def _kept(of_recipe: dict[str, Any], fmt: str | ElementFormat | Levels) -> tuple[str, ...]:
     """What a recipe says of the weights beside their format, where that is given in another spelling."""
+    if isinstance(fmt, Levels):
+        return ()
     try:
         return ("block", "scale", "bits") if of_recipe.get("fmt") == read_format(fmt)[0] else ()
     except ValueError:
@@ -488,6 +498,11 @@ def _kept(of_recipe: dict[str, Any], fmt: str | ElementFormat) -> tuple[str, ...
 
 def _check_operands(config: Config) -> None:
     rounded = [name for name in ("activations", "gradients") if getattr(config, name) is not None]
+    if config.tables and config.products.change_something:
+        raise ValueError(
+            "fmt=Levels(...) is not multiplied with rounded operands: leave out "
+            f"{' and '.join(rounded) or 'the schedule of products'}"
+        )
     if config.inner == "eager" and config.products.change_something:
         raise ValueError(
             f"inner='eager' has no graph of the products in which {' and '.join(rounded) or 'operands'} could be "
@@ -526,6 +541,11 @@ def _check_master(config: Config) -> None:
             raise ValueError(
                 f"{where}with master=False weights lie on their grid and get no noise: noise must be 'none', or left "
                 f"out, got {settings.noise!r}"
+            )
+        if settings.levels is not None:
+            raise ValueError(
+                f"{where}with master=False fmt must be a format, got {settings.levels}: levels that are trained would "
+                "move under the weights that lie on them"
             )
         if isinstance(settings.sparsity, PrunedGroups):
             raise ValueError(

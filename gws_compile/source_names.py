@@ -9,11 +9,13 @@ attributes in its forward, ``dict.__getitem__(L['d'], 'a')``, ``G['step'].__clos
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 _REGISTRIES = ("_modules", "_parameters", "_buffers")
 _SCOPES = ("L", "G", "SYNTHETIC_LOCAL")
+_VARIABLE = re.compile(rf"(?:{'|'.join(_SCOPES)})\[(['\"])(.*)\1\]")
 _IMPORTS = ("G['__import_", "__import__(")
 _CLASS_ATTRIBUTES = ("__class__", "__mro__")
 _OF_FUNCTIONS = ("__self__", "__func__", "__wrapped__", "cell_contents")
@@ -142,6 +144,31 @@ def prefixes_of(source: str) -> tuple[str, ...]:
     """
     read = _read(source)
     return () if read is None else (read.variable, *(step.expression for step in read.steps))
+
+
+def cell_of(source: str) -> tuple[str, int] | None:
+    """The function, and the number of its closure's cell, where a source is what such a cell contains."""
+    read = _read(source)
+    if read is None or len(read.steps) < 3:
+        return None
+    cells, cell, contents = read.steps[-3:]
+    if not (cells.is_attribute("__closure__") and cell.kind == "item" and contents.is_attribute("cell_contents")):
+        return None
+    function = read.steps[-4].expression if len(read.steps) > 3 else read.variable
+    return (function, int(cell.key)) if cell.key.isdecimal() else None
+
+
+def last_name(source: str) -> str:
+    """What the object is called that a source leads to: its variable, the attribute or the key that it stands under.
+
+    Empty for a source that is not understood, and for an imported module.
+    """
+    read = _read(source)
+    steps = [] if read is None else [step for step in read.steps if step.kind != "call"]
+    if steps:
+        return steps[-1].key
+    variable = None if read is None else _VARIABLE.fullmatch(read.variable)
+    return "" if variable is None else variable[2]
 
 
 def is_parameter(source: str) -> bool:

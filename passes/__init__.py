@@ -3,6 +3,7 @@
     find_reads      lists the graph's weights, and follows each to what uses it        changes nothing
     select_weights  says how each is sampled, or why it is left alone             changes nothing
     insert_samples  puts ``gws::sample_weight`` between a weight and its reads         new nodes, new inputs
+                    (of trained levels ``gws::cast_to_levels``, see `insert_levels`)
     fold_casts      has a sample come in the dtype that its reads convert it to        the samples' arguments
     insert_masks    has what a sparse weight does not keep be zero, in front of a sample and behind it     new nodes
     mark_recompute  marks the samples that backward is to draw again                   the samples' metadata
@@ -21,6 +22,7 @@ nothing of one another; shared by them are
     operations      what an operation does with a weight           parameter_constants  what is computed of parameters
     runner          runs them, timed, logged and traced              weight_maxima     maxima over several ranks
     sparse_weights  whether a weight can be sparse
+    sample_nodes    the nodes of samples, and their arguments
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Clocks:
         clocks = dict(zip(layout.positions, (p for p in placeholders if p.name.startswith("gws_clock")), strict=True))
         if device not in clocks:
             clock = fake_like(torch.zeros(CLOCK_WORDS, dtype=torch.int32, device=device), example)
-            first_width = next((p for p in placeholders if p.name.startswith("gws_bits")), None)
+            first_width = next((p for p in placeholders if p.name.startswith(("gws_bits", "gws_levels"))), None)
             clocks[device] = add_placeholder(graph, f"gws_clock_{len(clocks)}", clock, before=first_width)
             self._rewrite.add_clock(device)
         found: fx.Node = clocks[device]

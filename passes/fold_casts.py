@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import fx
 
-from gws_compile.ops.sample_arguments import SampleArguments
 from gws_compile.torch_internals.graphs import example_value
 
 from . import operations
 from .autocast import dtype_in, with_regions
 from .graph_walk import Step
 from .rewrite_context import Rewrite
+from .sample_nodes import arguments_of
 
 _DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
@@ -57,7 +57,7 @@ def fold_casts(rewrite: Rewrite) -> None:
         if len(wanted) != 1 or wanted == {dtype} or not wanted.issubset(_DTYPES):
             continue
         (dtype,) = wanted
-        SampleArguments.of(sample.node).write(sample.node, out_dtype=dtype)
+        arguments_of(sample.node).write(sample.node, out_dtype=dtype)
         sample.node.meta["example_value"] = example_value(sample.node).to(dtype)
 
 

@@ -7,12 +7,12 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Literal
 
-import torch
 from torch import fx
 
 from . import operations
 from .bodies import body_of, graphs, placeholders_of
 from .gradient_modes import RECORDED, Mode, Modes
+from .sample_nodes import is_sample
 
 Kind = Literal["read", "view", "scaled", "sample", "body", "in_place", "embedding", "output", "metadata", "other"]
 """What a node does with a value: multiplies or convolves with it; rearranges, converts or joins it; multiplies it by
@@ -117,7 +117,7 @@ def _step(module: fx.GraphModule, user: fx.Node, value: fx.Node, modes: Modes) -
 
 
 def _kind(user: fx.Node, value: fx.Node) -> Kind:
-    if user.target is torch.ops.gws.sample_weight.default:
+    if is_sample(user):
         return "sample"
     if operations.is_read(user, value):
         return "read"
@@ -136,5 +136,4 @@ def _kind(user: fx.Node, value: fx.Node) -> Kind:
 
 def samples(module: fx.GraphModule) -> list[fx.Node]:
     """The nodes of a rewritten graph that sample a weight, those in bodies too."""
-    target = torch.ops.gws.sample_weight.default
-    return [node for one in graphs(module) for node in one.graph.find_nodes(op="call_function", target=target)]
+    return [node for one in graphs(module) for node in one.graph.nodes if is_sample(node)]

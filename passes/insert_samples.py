@@ -23,6 +23,7 @@ from .bodies import as_operand
 from .gradient_modes import gradient_modes
 from .graph_walk import GRADIENTS, READS, End, Place, Step
 from .input_layout import InputLayout, LearnedInput
+from .insert_levels import add_levels, insert_cast
 from .rewrite_context import Rewrite, Sample
 from .weight_maxima import maxima_of, spread_dims
 from .weights import Weight
@@ -59,7 +60,8 @@ def insert_samples(rewrite: Rewrite, *, config: Config) -> None:
         weight_maximum = gws.weight_maximum(weight.to_local(), 0, ...)
         sample_weight = gws.sample_weight(..., maximum_over_ranks(weight_maximum, weight, dims), ...)
 
-    With learned widths their parameters are inputs too, also of graphs without noise, whose cast depends on them.
+    With learned widths their parameters are inputs too, also of graphs without noise, whose cast depends on them. So
+    are levels that are trained, of weights that are cast to them instead: `insert_levels`.
 
     Requires the weights of `find_reads`, with what `select_weights` says of them. Provides `Rewrite.layout` (keys,
     clock and widths are new inputs) and `Rewrite.samples`.
@@ -71,14 +73,16 @@ def insert_samples(rewrite: Rewrite, *, config: Config) -> None:
     keyed = [weight for weight in rewrite.selected if weight.keyed]
     learned = [weight for weight in rewrite.selected if weight.sampled_as.learned is not None and weight.trainable]
     inserter = _Inserter(rewrite, config)
+    leveled = [weight for weight in rewrite.selected if weight.sampled_as.levels is not None and weight.trainable]
     keys, clocks = _add_keys(rewrite.module, keyed)
-    widths = {weight.position: _add_widths(rewrite.module, weight, i) for i, weight in enumerate(learned)}
+    learned_inputs = {weight.position: _add_widths(rewrite.module, weight, i) for i, weight in enumerate(learned)}
+    learned_inputs |= {weight.position: add_levels(rewrite.module, weight, i) for i, weight in enumerate(leveled)}
     for weight in rewrite.selected:
         clock = clocks[weight.device] if weight.keyed else None
-        inputs = _Inputs(keys.get(weight.position), clock, widths.get(weight.position), weight.noisy)
+        inputs = _Inputs(keys.get(weight.position), clock, learned_inputs.get(weight.position), weight.noisy)
         inserter.insert(weight, weight.place, inputs)
     inserter.drop_unused()
-    rewrite.layout = _layout(rewrite, keyed, learned)
+    rewrite.layout = _layout(rewrite, keyed, [*learned, *leveled])
 
 
 def without_samples(rewrite: Rewrite) -> None:
@@ -91,7 +95,7 @@ def without_samples(rewrite: Rewrite) -> None:
 
 def _layout(rewrite: Rewrite, keyed: list[Weight], learned: list[Weight]) -> InputLayout:
     by_device = {device: [w for w in keyed if w.device == device] for device in dict.fromkeys(w.device for w in keyed)}
-    trained = [w for w in rewrite.selected if w.gradients and w.sampled_as.noise != "none"]
+    trained = [w for w in rewrite.selected if w.gradients and w.sampled_as.trains_otherwise]
     return InputLayout(
         positions={device: tuple(w.position for w in weights) for device, weights in by_device.items()},
         names={device: tuple(w.name for w in weights) for device, weights in by_device.items()},
@@ -99,7 +103,10 @@ def _layout(rewrite: Rewrite, keyed: list[Weight], learned: list[Weight]) -> Inp
         drawing=frozenset(w.position for w in keyed if w.draws),
         training=rewrite.gradients and bool(keyed),
         learned=tuple(
-            LearnedInput(w.position, w.name, w.reads[0].batch_dims, w.sampled_as.block, w.shard) for w in learned
+            LearnedInput(
+                w.position, w.name, w.reads[0].batch_dims, w.sampled_as.block, w.shard, levels=w.sampled_as.levels
+            )
+            for w in learned
         ),
     )
 
@@ -141,7 +148,7 @@ class _Inputs:
 
     key: fx.Node | None
     clock: fx.Node | None
-    widths: fx.Node | None
+    learned: fx.Node | None
     noisy: bool
 
     def without_noise(self) -> _Inputs:
@@ -150,8 +157,8 @@ class _Inputs:
 
     def inside(self, body: fx.GraphModule, call: fx.Node) -> _Inputs:
         """Those inside of a checkpoint's body."""
-        key, clock, widths = (as_operand(body, call, given) for given in (self.key, self.clock, self.widths))
-        return _Inputs(key, clock, widths, self.noisy)
+        key, clock, learned = (as_operand(body, call, given) for given in (self.key, self.clock, self.learned))
+        return _Inputs(key, clock, learned, self.noisy)
 
 
 class _Transforms:
@@ -244,12 +251,15 @@ class _Inserter:
                 set_gradients(graph, True)
             held = node if shard is None else graph.call_method("to_local", (node,))
             maxima = None if shard is None else self._maxima(weight, shard, place, held)
-            sampled = graph.create_node(
-                "call_function",
-                torch.ops.gws.sample_weight.default,
-                self._arguments(weight, held, maxima, inputs).call(),
-                name="sample_weight",
-            )
+            if weight.sampled_as.levels is None:
+                sampled = graph.create_node(
+                    "call_function",
+                    torch.ops.gws.sample_weight.default,
+                    self._arguments(weight, held, maxima, inputs).call(),
+                    name="sample_weight",
+                )
+            else:
+                sampled = insert_cast(graph, weight, held, inputs.learned, self._config)
             used = sampled if shard is None else graph.call_function(from_local_like, (sampled, node))
             if switched:
                 set_gradients(graph, False)
@@ -286,7 +296,7 @@ class _Inserter:
 
     def _arguments(self, weight: Weight, held: fx.Node, maxima: fx.Node | None, inputs: _Inputs) -> SampleArguments:
         settings, shard, products = weight.sampled_as, weight.shard, weight.products
-        learned = settings.learned if inputs.widths is not None else None
+        learned = settings.learned if inputs.learned is not None else None
         keyed = inputs.noisy or (weight.trains and products.draws)
         return SampleArguments(
             w=held,
@@ -298,7 +308,7 @@ class _Inserter:
             noise=settings.noise if inputs.noisy else "none",
             block=block_argument(settings.block),
             scale=settings.scale or "",
-            learned=inputs.widths,
+            learned=inputs.learned,
             rule=learned.rule.spec if learned is not None else "",
             whole=[] if shard is None else list(shard.whole),
             offset=[] if shard is None else list(shard.offset),

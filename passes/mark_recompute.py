@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from gws_compile.config import Backward
-from gws_compile.ops.sample_arguments import SampleArguments
 from gws_compile.torch_internals import graphs
 
 from .rewrite_context import Rewrite
+from .sample_nodes import arguments_of
 
 # Activation checkpointing numbers its regions from 1 upwards; each of ours is a region of its own, numbered far away.
 _FIRST_GROUP = 1 << 20
@@ -38,4 +38,4 @@ def mark_recompute(rewrite: Rewrite, *, backward: Backward) -> None:
 def without_marks(rewrite: Rewrite) -> None:
     """Have the samples say that backward keeps them, where the pass is left out: compile caches see this, no marks."""
     for sample in rewrite.samples:
-        SampleArguments.of(sample.node).write(sample.node, keep=True)
+        arguments_of(sample.node).write(sample.node, keep=True)

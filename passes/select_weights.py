@@ -33,7 +33,7 @@ def select_weights(rewrite: Rewrite, *, config: Config) -> None:
 
     Raises:
         ValueError: a block of a sharded weight lies on several ranks, and is not as long as the weight; or what its
-            mask is computed from does.
+            mask is computed from does; or a sharded weight is to be cast to levels that are trained.
     """
     for weight in rewrite.weights:
         weight.settings = _along(weight, config.settings_of(weight.names), config)
@@ -70,6 +70,11 @@ def _check_ranks(weight: Weight, shard: ShardRange, settings: WeightSettings) ->
 
 
 def _check_shard(weight: Weight, shard: ShardRange, settings: WeightSettings) -> None:
+    if settings.levels is not None:
+        raise ValueError(
+            f"{weight.name}: fmt=Levels(...) trains levels of whole weights, and of this DTensor each rank has a part, "
+            f"{shard.local} of {shard.whole}. Give it another format by a rule, or exclude it"
+        )
     if not needs_block_maximum(settings.fmt, settings.scale, settings.noise):
         return
     cut = shard.cut_block(weight.reads[0].batch_dims, settings.block)

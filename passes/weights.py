@@ -76,7 +76,8 @@ class Weight:
         position: index of that placeholder among the graph's inputs.
         source: where Dynamo has read it from, such as ``L['self']._modules['fc']._parameters['weight']``.
         names: what globs on its name are matched with: its qualified name relative to the compiled module and, where it
-            is another one, that in the outermost module that is being called.
+            is another one, that in the outermost module that is being called. Where a function was compiled, also its
+            name behind what the function calls the model by, as in ``teacher.fc.weight``.
         shape, dtype, device, trainable: of the parameter; ``trainable`` is its ``requires_grad``.
         shard: the part that this rank holds, where the parameter is a DTensor.
         reads: where it is read.
@@ -150,6 +151,12 @@ class Weight:
         if self.settings is None or self.settings.sparsity is None or not self.reads:
             return None
         return WeightMask(self.settings.sparsity, self.reads[0].batch_dims, bool(self.reads[0].sums_over_rows))
+
+    @property
+    def trains_learned(self) -> bool:
+        """Whether its graph trains what is learned of it beside its values: widths by the noise, or levels."""
+        leveled = self.settings is not None and self.settings.levels is not None
+        return self.gradients and self.reason is None if leveled else self.noisy
 
     @property
     def gradients(self) -> bool:

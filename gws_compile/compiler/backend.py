@@ -17,9 +17,10 @@ from ..deploy.collect import deployed_tensors
 from ..deploy.export import export
 from ..deploy.export_report import ExportReport
 from ..deploy.writing import SHARD_BYTES
-from ..learned_bits.binding_widths import WidthFinder
 from ..learned_bits.learned_widths import LearnedWidths
 from ..learned_bits.plot import plot_bits
+from ..learned_levels.binding_levels import LearnedFinder
+from ..learned_levels.learned_levels import LearnedLevels
 from ..passes import Rewrite
 from ..report.metrics import Metrics
 from ..report.report import Report
@@ -64,7 +65,8 @@ class Backend:
         self._updates = CompiledUpdates(config.seed)
         after_each_step(self._updates, CompiledUpdates.after_step)
         self._learned = None if config.learned is None else LearnedWidths(config.learned, self._scheduled_width)
-        self._reporting = Reporting(config, self._rewriting, self._slots, self._clock, self._learned)
+        self._levels = LearnedLevels() if config.tables else None
+        self._reporting = Reporting(config, self._rewriting, self._slots, self._clock, self._learned, self._levels)
         self._compiler = GraphCompiler(config, self._rewriting, self._find_bindings(), self._clock, self._diagnostics)
         if config.resample == "step":
             after_each_step(self._clock, Clock.optimizer_stepped)
@@ -76,6 +78,8 @@ class Backend:
             if self._learned.constraint is not None:
                 before_each_step(self._learned, LearnedWidths.before_step)
             after_each_step(self._learned, LearnedWidths.after_step)
+        if self._levels is not None:
+            after_each_step(self._levels, LearnedLevels.after_step)
 
     @property
     def graphs(self) -> list[fx.GraphModule]:
@@ -128,7 +132,8 @@ class Backend:
         """Makes what looks up a graph's further inputs; it has no reference to the backend."""
         seed, slots, registry = self.config.seed, self._slots, self._registry
         name_trained = not self.config.master
-        rewriting, parameters = self._rewriting, None if self._learned is None else self._learned.parameters
+        rewriting, widths = self._rewriting, None if self._learned is None else self._learned.parameters
+        levels = None if self._levels is None else self._levels.parameters
 
         def bindings_of(rewritten: Rewrite) -> Bindings:
             learned = rewritten.layout.learned
@@ -138,7 +143,7 @@ class Backend:
                 seed=seed,
                 slots=slots,
                 registry=registry,
-                find_widths=None if parameters is None else WidthFinder(parameters, registry, learned),
+                find_widths=LearnedFinder(widths, levels, registry, learned) if learned else None,
                 form_of=partial(rewriting.form_of, rewritten.weights),
                 name_trained=name_trained,
             )
@@ -240,7 +245,7 @@ class Backend:
         stage = any(slot.name is not None and stage_prefix_of(slot.name) for slot in self._slots.of_module(inside))
         return export(
             inside,
-            deployed_tensors(inside, self._slots, self._learned, self.config, draw=self._clock.step),
+            deployed_tensors(inside, self._slots, self._learned, self._levels, self.config, draw=self._clock.step),
             path,
             format,
             tokenizer=tokenizer,
@@ -249,7 +254,7 @@ class Backend:
         )
 
     def prepare(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        """Find a model's weights, and make the parameters of learned bit widths, before anything runs.
+        """Find a model's weights, and make the parameters of learned bit widths and levels, before anything runs.
 
         An optimizer can then be built with `parameters`, a checkpoint loaded, or a model exported that was trained
         elsewhere. The model is traced on fake tensors: nothing is computed. Call it before ``fully_shard``.
@@ -263,14 +268,21 @@ class Backend:
             slot.prepared = found
             if self._learned is not None and found.trainable and found.sampled_as.learned is not None:
                 self._learned.parameters.prepare(weight, slot, found.reads[0].batch_dims, found.sampled_as.block)
+            levels = found.sampled_as.levels
+            if self._levels is not None and found.trainable and levels is not None:
+                self._levels.parameters.prepare(weight, slot, levels)
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """The backend's own trainable parameters, those of learned bit widths: a weight's name and ``.bits``.
+        """The backend's own trainable parameters: learned bit widths, a weight's name and ``.bits``, and levels.
 
         float32: (block rows, block columns), with the matrices of an expert weight in front, or () for a width per
-        weight. They exist for the weights that `prepare` or a forward has seen; there are none while widths are fixed.
+        weight; and (levels,), a weight's name and ``.levels``, for one whose format is `Levels`. They exist for the
+        weights that `prepare` or a forward has seen; there are none while widths are fixed, nor of other formats.
         """
-        return iter(()) if self._learned is None else self._learned.parameters.named_parameters()
+        if self._learned is not None:
+            yield from self._learned.parameters.named_parameters()
+        if self._levels is not None:
+            yield from self._levels.parameters.named_parameters()
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """The parameters of `named_parameters`, for an optimizer."""
@@ -343,12 +355,13 @@ class Backend:
             each; ``"rules"``, a list of the rules as text; ``"operands"``, how activations, gradients and attention are
             rounded, as text; ``"master"``, 0 or 1; ``"updates"``, the number of compiled optimizer steps. With learned
             bit widths also ``"bits"``, their parameters by the weights' names, ``"frozen"``, 0 or 1, and
-            ``"steering"``, two scalar tensors, with `LearnedBits.average`.
+            ``"steering"``, two scalar tensors, with `LearnedBits.average`. With `Levels` also ``"levels"``, those of
+            each weight, by its name.
         """
         shapes = self._registry.shapes()
         state = {
             "seed": self.config.seed,
-            "fmt": self.config.fmt.spec,
+            "fmt": self.config.weights.spec,
             "step": self.draw,
             "weights": [[name, list(shape)] for name, shape in shapes.items()],
             "settings": settings_texts(self.config, shapes),
@@ -357,6 +370,8 @@ class Backend:
             "master": int(self.config.master),
             "updates": self._updates.count,
         }
+        if self._levels is not None:
+            state |= self._levels.state_dict()
         return state if self._learned is None else {**state, **self._learned.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -376,11 +391,15 @@ class Backend:
         saved = SavedState.read(state, self.config)
         if self._learned is not None and saved.widths is not None:
             self._learned.parameters.check_shapes(saved.widths.bits)
+        if self._levels is not None:
+            self._levels.parameters.check_shapes(saved.levels)
         self._registry.check_shapes(saved.shapes)
         # Everything has been checked: from here on nothing fails.
         if self._learned is not None and saved.widths is not None:
             self._learned.restore(saved.widths.bits, frozen=saved.widths.frozen, steering=saved.widths.steering)
             self._clock.frozen = saved.widths.frozen
+        if self._levels is not None:
+            self._levels.parameters.restore(saved.levels)
         self._registry.expect(saved.shapes)
         self._clock.resume(saved.step)
         self._updates.count = saved.updates

@@ -106,6 +106,9 @@ def compile_graph(
     if inner != "eager":
         from ..codegen import lowering, masks  # noqa: F401  (register the operators' lowerings; import Inductor)
     if inner == "inductor":
+        from ..levels.inductor import register
+
+        register()
         return compilers.inductor_compile(gm, inputs, mode=mode, options=options, graph_pass=graph_pass)
     if graph_pass is not None:
         compiler = inner if callable(inner) else lambda graph, _: graph.forward

@@ -323,7 +323,7 @@ class Diagnostics:
     def _say_unmatched(self, setting: str, pattern: str, weights: Sequence[Weight]) -> None:
         if f"{setting}={pattern}" in self._effective:
             return
-        names = ", ".join(w.name for w in weights[:8]) + (", ..." if len(weights) > 8 else "")
+        names = ", ".join(w.names[-1] for w in weights[:8]) + (", ..." if len(weights) > 8 else "")
         message = f"{setting}={pattern!r} has matched no weight so far; the weights of this graph are: {names}"
         self._say_once(f"{setting}={pattern}", message)
 

@@ -10,6 +10,7 @@ import torch
 from ..config import Config
 from ..learned_bits.learned_widths import LearnedWidths
 from ..learned_bits.summary import average_width
+from ..learned_levels.learned_levels import LearnedLevels
 from ..passes import Weight
 from ..report.histograms import Histogram, histogram
 from ..report.measure import measure
@@ -33,6 +34,7 @@ class Reporting:
         slots: the weights that graphs were called with, and those of their models.
         clock: numbers the draws.
         learned: the learned widths; None where widths are fixed.
+        levels: the trained levels; None where no weight is cast to some.
     """
 
     def __init__(
@@ -42,12 +44,14 @@ class Reporting:
         slots: WeightSlots,
         clock: Clock,
         learned: LearnedWidths | None,
+        levels: LearnedLevels | None,
     ) -> None:
         self._config = config
         self._rewriting = rewriting
         self._slots = slots
         self._clock = clock
         self._learned = learned
+        self._levels = levels
 
     def report(self) -> Report:
         """See `gws_compile.Backend.report`."""
@@ -111,7 +115,11 @@ class Reporting:
         return SamplingState(self._config, self._clock.state)
 
     def _width_of(self, weight: SampledWeight) -> tuple[torch.Tensor | None, float]:
-        """The width parameter of a weight, None where widths are fixed, and its average bit width."""
+        """The width parameter of a weight, or its levels, None where it has neither, and its average bit width."""
+        table = weight.settings.levels
+        if table is not None and self._levels is not None:
+            levels = self._levels.parameters.current(weight.slot, table, weight.value.device)
+            return levels, self._fixed_width(weight)
         if self._learned is None or weight.settings.learned is None:
             return None, self._fixed_width(weight)
         rule = self._learned.parameters.rule

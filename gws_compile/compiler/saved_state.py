@@ -50,12 +50,14 @@ class SavedState:
         shapes: the whole shapes of the sampled weights by their unique names.
         widths: None for a backend whose widths are fixed.
         updates: how many optimizer steps ran compiled.
+        levels: float32, the levels by the weights' names; copies.
     """
 
     step: int
     shapes: dict[str, tuple[int, ...]]
     widths: SavedWidths | None
-    updates: int = 0
+    levels: dict[str, torch.Tensor]
+    updates: int
 
     @classmethod
     def read(cls, raw: object, config: Config) -> SavedState:
@@ -74,11 +76,13 @@ class SavedState:
         required = {"seed", "fmt", "step", "weights"}
         if learned is not None:
             required |= {"bits", "frozen"} if learned.average is None else {"bits", "frozen", "steering"}
+        if config.tables:
+            required |= {"levels"}
         if missing := required - raw.keys():
             has = sorted(map(str, raw))
             raise ValueError(f"not a state of gws_compile: {', '.join(sorted(missing))} missing, got {has}")
         _check_origin("seed", raw["seed"], _integer(raw["seed"]), config.seed)
-        _check_origin("fmt", raw["fmt"], raw["fmt"] if isinstance(raw["fmt"], str) else None, config.fmt.spec)
+        _check_origin("fmt", raw["fmt"], raw["fmt"] if isinstance(raw["fmt"], str) else None, config.weights.spec)
         step = _integer(raw["step"])
         if step is None or not 0 <= step < DRAWS:
             raise _refusal("step", "an int in 0 .. 2**32 - 1", raw["step"])
@@ -86,15 +90,19 @@ class SavedState:
         _check_rules(raw, config)
         _check_operands(raw, config)
         _check_master(raw, config)
-        if learned is None:
-            return cls(step, shapes, None, _updates(raw))
+        updates = _updates(raw)
         of_weights = {name: _settings_of(name, config) for name in shapes}
+        levels = _levels(raw, of_weights) if config.tables else {}
+        if learned is None:
+            return cls(step, shapes, None, levels, updates)
         blocks = {
             name: settings.block
             for name, settings in of_weights.items()
             if settings is not None and settings.learned is not None
         }
-        return cls(step, shapes, _widths(raw, {name: shapes[name] for name in blocks}, learned, blocks), _updates(raw))
+        return cls(
+            step, shapes, _widths(raw, {name: shapes[name] for name in blocks}, learned, blocks), levels, updates
+        )
 
 
 def settings_texts(config: Config, names: Iterable[str]) -> list[list[str]]:
@@ -204,18 +212,7 @@ def _widths(
     blocks: Mapping[str, Block],
 ) -> SavedWidths:
     """The learned widths of a state; ``shapes`` and ``blocks`` are those of the weights that have some."""
-    bits = raw["bits"]
-    if not isinstance(bits, Mapping):
-        raise _refusal("bits", "a mapping of weight names to float32 tensors", bits)
-    for name in bits:
-        if not isinstance(name, str) or not name:
-            raise _refusal("bits", "a mapping whose keys are weight names", name)
-    if missing := [name for name in shapes if name not in bits]:
-        raise ValueError(
-            f"the state has no bit widths for {', '.join(missing[:8])}: call Backend.prepare(model, ...) before a "
-            "state is loaded by torch.distributed.checkpoint, which fills in what is there"
-        )
-    read = {name: _finite(f"bits[{name!r}]", value) for name, value in bits.items()}
+    read = _by_weight(raw, "bits", "bit widths", shapes)
     for name, shape in shapes.items():
         # How many leading dims count matrices is said by the graph that reads the weight.
         accepted = {
@@ -231,6 +228,39 @@ def _widths(
     if frozen not in (0, 1):
         raise _refusal("frozen", "0 or 1", raw["frozen"])
     return SavedWidths(read, bool(frozen), None if learned.average is None else _steering(raw["steering"]))
+
+
+def _levels(raw: Mapping[str, Any], of_weights: Mapping[str, WeightSettings | None]) -> dict[str, torch.Tensor]:
+    """The levels of a state; ``of_weights`` are the settings of its weights."""
+    tables = {
+        name: settings.levels
+        for name, settings in of_weights.items()
+        if settings is not None and settings.levels is not None
+    }
+    read = _by_weight(raw, "levels", "levels", tables)
+    for name, levels in tables.items():
+        if read[name].shape != (len(levels.table),):
+            raise ValueError(
+                f"the state was saved with levels of shape {tuple(read[name].shape)} for {name}, this backend has "
+                f"{(len(levels.table),)}"
+            )
+    return read
+
+
+def _by_weight(raw: Mapping[str, Any], key: str, words: str, needed: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The parameters of a state that stand there by their weights' names."""
+    values = raw[key]
+    if not isinstance(values, Mapping):
+        raise _refusal(key, "a mapping of weight names to float32 tensors", values)
+    for name in values:
+        if not isinstance(name, str) or not name:
+            raise _refusal(key, "a mapping whose keys are weight names", name)
+    if missing := [name for name in needed if name not in values]:
+        raise ValueError(
+            f"the state has no {words} for {', '.join(missing[:8])}: call Backend.prepare(model, ...) before a "
+            "state is loaded by torch.distributed.checkpoint, which fills in what is there"
+        )
+    return {name: _finite(f"{key}[{name!r}]", value) for name, value in values.items()}
 
 
 def _steering(raw: object) -> dict[str, torch.Tensor]:

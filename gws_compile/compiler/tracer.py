@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from ..config import Config
 from ..learned_bits.learned_widths import LearnedWidths
+from ..learned_levels.learned_levels import LearnedLevels
 from ..passes import Weight
 from ..passes.bodies import copy_with_bodies
 from ..report.records import GraphBreak
@@ -44,7 +45,8 @@ class Tracer:
         self.found: dict[Slot, Weight] = {}
         self._rewriting = Rewriting(config, Diagnostics(config, self.slots))
         learned = None if config.learned is None else LearnedWidths(config.learned)
-        self._reporting = Reporting(config, self._rewriting, self.slots, Clock(config.schedule), learned)
+        levels = LearnedLevels() if config.tables else None
+        self._reporting = Reporting(config, self._rewriting, self.slots, Clock(config.schedule), learned, levels)
         self._left: list[GraphBreak] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

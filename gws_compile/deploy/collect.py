@@ -12,6 +12,7 @@ from torch import nn
 from ..config import Config
 from ..learned_bits.learned_widths import LearnedWidths
 from ..learned_bits.summary import summarize
+from ..learned_levels.learned_levels import LearnedLevels
 from ..numerics.blocks import matrix_shape
 from ..numerics.elements import ElementFormat
 from ..numerics.sparsity import keep
@@ -32,10 +33,10 @@ class DeployedWeight:
     Attributes:
         name: its name in the model.
         settings: how it was trained.
-        spec: its cast, without noise; ``spec.dtype`` is the one in which graphs read it.
+        spec: its cast, without noise; ``spec.dtype`` is the one in which graphs read it. With levels that alone counts.
         batch_dims: see `gws_compile.numerics.blocks.matrix_shape`.
         formats: what its blocks are cast to.
-        parameter: that of its learned widths, which are frozen; None for a fixed one.
+        parameter: that of its learned widths, which are frozen, or its levels; None for a fixed width.
         embedded: it is the table of an embedding look-up too, which sees it as it is.
         shape: (matrices, rows, columns).
         note: what a reader of the export should know of it.
@@ -101,7 +102,13 @@ class DeployedTensor:
 
 
 def deployed_tensors(
-    model: nn.Module, slots: Iterable[Slot], learned: LearnedWidths | None, config: Config, *, draw: int = 0
+    model: nn.Module,
+    slots: Iterable[Slot],
+    learned: LearnedWidths | None,
+    levels: LearnedLevels | None,
+    config: Config,
+    *,
+    draw: int = 0,
 ) -> list[DeployedTensor]:
     """Every tensor of a model's state, each tied one under all its names.
 
@@ -109,6 +116,7 @@ def deployed_tensors(
         model: without wrappers.
         slots: the weights that graphs were called with.
         learned: the learned widths; None where widths are fixed.
+        levels: the trained levels; None where no weight is cast to some.
         config: the settings.
         draw: number of the current draw.
 
@@ -123,7 +131,7 @@ def deployed_tensors(
     for slot in slots:
         tensor = slot.tensor() if slot.is_alive() else None
         if tensor is not None and not tensor.is_meta:
-            weight = _deployed(slot, tensor, learned, draw)
+            weight = _deployed(slot, tensor, learned, levels, draw)
             if weight is not None:
                 weights[id(tensor)] = weight
             else:
@@ -165,7 +173,9 @@ def _owner(model: nn.Module, key: str) -> tuple[nn.Module | None, str]:
         return None, attribute
 
 
-def _deployed(slot: Slot, tensor: torch.Tensor, learned: LearnedWidths | None, draw: int) -> DeployedWeight | None:
+def _deployed(
+    slot: Slot, tensor: torch.Tensor, learned: LearnedWidths | None, levels: LearnedLevels | None, draw: int
+) -> DeployedWeight | None:
     sampled = sampling_of(slot)
     if sampled is None:
         return None
@@ -181,11 +191,17 @@ def _deployed(slot: Slot, tensor: torch.Tensor, learned: LearnedWidths | None, d
             "no file can hold both. Give it a rule with sparsity=None"
         )
     settings = sampled.sampled_as
-    spec = replace(settings.sample_spec(sampled.dtype), noise="none")
+    if settings.levels is None:
+        spec = replace(settings.sample_spec(sampled.dtype), noise="none")
+    else:
+        spec = SampleSpec(settings.fmt, "none", None, None, None, sampled.dtype)
     batch_dims = sampled.reads[0].batch_dims
     parameter: torch.Tensor | None = None
     formats: tuple[ElementFormat, ...] = (settings.fmt,)
     note = ""
+    if settings.levels is not None:
+        assert levels is not None
+        parameter = levels.parameters.current(slot, settings.levels, torch.device("cpu"))
     if settings.learned is not None:
         parameter, formats, note = _frozen_widths(slot, learned)
     return DeployedWeight(

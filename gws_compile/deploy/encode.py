@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..levels.nearest import cast_to_levels
 from ..numerics.blocks import Block, block_counts, block_maximum, clamped
 from ..ops.eager import levels_eager, sample_eager
 from ..ops.parts import weight_parts
@@ -49,6 +50,12 @@ def cast_weight(w: torch.Tensor, weight: DeployedWeight) -> torch.Tensor:
         weight: how it is cast.
     """
     w = weight.as_read(w)
+    levels, settings = weight.settings.levels, weight.settings
+    if levels is not None:
+        assert weight.parameter is not None
+        return cast_to_levels(
+            w, weight.parameter, levels.largest, weight.batch_dims, settings.block, scaled=settings.scale is not None
+        )
     parts = [
         sample_eager(part.w, weight.spec, 1, part.block, learned=part.learned, maxima=part.maxima).view(-1)
         for part in weight_parts(

@@ -97,6 +97,11 @@ def _planned(entry: Entry, fmt: str | None, among: Sequence[str]) -> PlannedEntr
         return PlannedEntry(entry, reason='format="dense"')
     if entry.dense_because is not None:
         return PlannedEntry(entry, reason=entry.dense_because)
+    if weight.settings.levels is not None:
+        reason = "no file that engines load has a codebook of its own for each weight"
+        if fmt is not None:
+            raise ValueError(f'{entry.name}, trained in {_trained(weight)}: {reason}. Export with format="dense"')
+        return PlannedEntry(entry, reason=reason)
     if fmt is not None:
         container = CONTAINERS[fmt]
         problem = _problem(entry, weight, container)

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..runtime.step_rounds import StepRounds
 from ..settings.learned_bits import LearnedBits
-from ..warning import GwsWarning
 from .average_constraint import AverageConstraint
+from .followed import Followed
 from .history import WidthHistory
 from .loss import distance_from_target, widths_and_shares
 from .parameters import WidthParameters
 from .summary import BitsSummary, summarize
-
-_PATIENCE = 10
-"""Optimizer steps within which some optimizer should have taken the widths."""
 
 
 class LearnedWidths:
@@ -41,12 +36,10 @@ class LearnedWidths:
         self._scheduled = scheduled
         self.history = WidthHistory(self.parameters.rule.min, self.parameters.rule.max)
         self.constraint = None if settings.average is None else AverageConstraint(settings.average)
-        self._rounds = StepRounds()
         self._kept: dict[str, torch.Tensor] = {}  # the gradients in front of the step that is being taken
         self._gradients: dict[str, torch.Tensor] = {}  # of the widths that have moved in this training step
-        self._followed: set[str] = set()
         self._unheld: set[str] = set()
-        self._waited = 0
+        self._followed = Followed(self.parameters, "bit widths")
 
     def summary(self) -> BitsSummary | None:
         """Average, formats and bytes, of each weight and of all; None while no weight is known."""
@@ -82,7 +75,7 @@ class LearnedWidths:
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """In front of an optimizer's step: keep the gradients, which some optimizers overwrite (schedule-free)."""
         if not self.parameters.frozen:
-            self._kept = _gradients(self._held_by(optimizer), getattr(optimizer, "grad_scale", None))
+            self._kept = _gradients(self._followed.held_by(optimizer), getattr(optimizer, "grad_scale", None))
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Behind an optimizer's step: move the multiplier; notice widths that no optimizer holds.
@@ -94,10 +87,7 @@ class LearnedWidths:
         weights = self.parameters.by_name
         if self.parameters.frozen or not weights:
             return
-        if self._rounds.begins_with(optimizer):
-            self._notice_unfollowed()
-        followed = self._held_by(optimizer)
-        self._followed |= followed.keys()
+        followed = self._followed.after_step(optimizer)
         if not followed:
             return
         if self._gradients.keys() & followed.keys():  # the last training step has ended without some widths
@@ -106,12 +96,6 @@ class LearnedWidths:
         self._gradients |= kept if kept.keys() == followed.keys() else _gradients(followed)
         if self._gradients.keys() | self._unheld >= weights.keys():
             self._end_step()
-
-    def _held_by(self, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
-        """The width parameters that an optimizer has, by the weights' names."""
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        named = self.parameters.by_name.items()
-        return {name: weight.parameter for name, weight in named if id(weight.parameter) in held}
 
     def _end_step(self) -> None:
         """What follows a training step that has moved the widths."""
@@ -128,24 +112,6 @@ class LearnedWidths:
             moved |= _gradients(left)
             gradients = torch.cat([moved[name].to(widths.device) for name in self.parameters.by_name])
             self.constraint.update((widths * shares).sum(), gradients / self.parameters.rule.slope, shares)
-
-    def _notice_unfollowed(self) -> None:
-        unfollowed = [
-            name
-            for name, weight in self.parameters.by_name.items()
-            if weight.parameter.grad is not None and name not in self._followed
-        ]
-        if not unfollowed:
-            return
-        self._waited += 1
-        if self._waited == _PATIENCE:
-            warnings.warn(
-                f"{_PATIENCE} optimizer steps, and no optimizer has the bit widths of {', '.join(unfollowed[:8])}, "
-                "which do get gradients: give Backend.parameters() to one, after Backend.prepare(model, ...) or the "
-                "first forward",
-                GwsWarning,
-                stacklevel=2,
-            )
 
     def state_dict(self) -> dict[str, Any]:
         """`WidthParameters.state_dict`, and ``"steering"``, the constraint's, where there is one."""

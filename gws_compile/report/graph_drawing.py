@@ -11,6 +11,7 @@ from torch import fx
 from ..ops.sample_arguments import SampleArguments
 from ..passes import Weight, operations, weights_of
 from ..passes.graph_walk import Place, walk
+from ..passes.sample_nodes import arguments_of
 from ..torch_internals.stack_trace import source_of
 
 Kind = Literal["weight", "left", "sample", "view", "read", "other"]
@@ -127,7 +128,11 @@ def _width(bits: float | None) -> str:
 
 
 def _sample(node: fx.Node) -> _Tree:
-    given = SampleArguments.of(node)
+    given = arguments_of(node)
+    if not isinstance(given, SampleArguments):
+        scaled = f"scale {given.scale}" if given.scale else "no scale"
+        title = f"gws.cast_to_levels: {len(given.table)} levels, block {given.block}, {scaled}"
+        return _Tree(f"cast to {len(given.table)} levels", title, "sample")
     width = "learned bits" if given.learned is not None else _width(given.bits)
     label = f"sample {given.fmt}, {width}" if given.key is not None else f"cast {given.fmt}"
     scaled = f"scale {given.scale}" if given.scale else "no scale"

@@ -17,7 +17,7 @@ def measure(weight: SampledWeight, parameter: torch.Tensor | None, bits: float, 
 
     Args:
         weight: the weight.
-        parameter: that of its learned widths; None for a fixed width.
+        parameter: that of its learned widths, or its levels; None for a fixed width.
         bits: its bit width, the average of learned ones.
         state: how it is sampled.
     """
@@ -29,7 +29,7 @@ def measure(weight: SampledWeight, parameter: torch.Tensor | None, bits: float, 
         name=weight.name,
         shape=shape,
         dtype=str(weight.dtype).removeprefix("torch."),
-        fmt=weight.settings.name if parameter is None else "by width",
+        fmt=weight.settings.name if weight.settings.learned is None else "by width",
         bits=bits if weight.noisy else None,
         sqnr=_decibels(signal, error),
         sqnr_noise=_decibels(signal, noise) if weight.noisy else None,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..config import Config
+from ..levels.nearest import cast_to_levels, numbers_and_scales
 from ..numerics.blocks import Blocks, block_maximum, matrix_shape
 from ..numerics.elements import ElementFormat
 from ..numerics.keys import key_words
@@ -18,6 +19,7 @@ from ..ops.eager import sample_eager
 from ..ops.parts import weight_parts
 from ..runtime.clock import DrawState, clock_words
 from ..runtime.sampled_weights import SampledWeight
+from ..settings.levels import Levels
 from ..settings.schedule import Schedule
 from ..torch_internals.distributed import whole_tensor
 
@@ -73,11 +75,15 @@ def parts(
 
     Args:
         weight: the weight. A DTensor is gathered, which every rank has to take part in.
-        parameter: that of its learned widths, see `gws_compile.numerics.widths.parameter_shape`; None for a fixed
-            width.
+        parameter: that of its learned widths, see `gws_compile.numerics.widths.parameter_shape`, or its levels, of
+            which it comes as one part; None for a fixed width.
         state: how.
         elements: how many come together, about; `PART_ELEMENTS` when None.
     """
+    if weight.settings.levels is not None:
+        assert parameter is not None
+        yield _of_levels(weight, weight.settings.levels, parameter)
+        return
     elements = elements or PART_ELEMENTS
     spec = weight.settings.sample_spec(weight.dtype)
     if parameter is None:
@@ -116,6 +122,17 @@ def parts(
         cast = sample_eager(part.w, without_noise, 1, part.block, learned=part.learned, maxima=part.maxima)
         largest = _largest(part.w, part.learned, without_noise, part.block, part.maxima)
         yield Part(part.w, cast, noisy, largest)
+
+
+def _of_levels(weight: SampledWeight, levels: Levels, parameter: torch.Tensor) -> Part:
+    """A whole weight that is cast to levels."""
+    w = whole_tensor(weight.value).to(weight.dtype)
+    block, scaled = weight.settings.block, weight.settings.scale is not None
+    given = (w, parameter, levels.largest, weight.batch_dims, block)
+    _, scales = numbers_and_scales(*given, scaled=scaled)
+    cast = cast_to_levels(*given, scaled=scaled)
+    shape = scales.shape
+    return Part(w.reshape(shape), cast.reshape(shape), None, scales.double() * parameter.abs().max().double())
 
 
 def _largest(

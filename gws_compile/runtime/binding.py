@@ -21,7 +21,7 @@ _MOST_IDS = 4096
 
 
 class WidthInput(Protocol):
-    """The learned widths of one weight of a graph."""
+    """The learned widths, or levels, of one weight of a graph."""
 
     def tensor(self) -> torch.Tensor:
         """What the graph takes for them at this call."""
@@ -29,12 +29,12 @@ class WidthInput(Protocol):
 
 
 class FindWidths(Protocol):
-    """Looks up the learned widths of the weights of `InputLayout.learned`."""
+    """Looks up the learned widths, or levels, of the weights of `InputLayout.learned`."""
 
     def __call__(
-        self, weights: Sequence[torch.Tensor], slots: Sequence[Slot], noisy: Sequence[bool]
+        self, weights: Sequence[torch.Tensor], slots: Sequence[Slot], trained: Sequence[bool]
     ) -> Sequence[WidthInput]:
-        """The widths of these weights, in this order; ``noisy`` says which of them draw noise in the graph."""
+        """Those of these weights, in this order; ``trained`` says which of them the graph trains."""
         ...
 
 
@@ -127,7 +127,7 @@ class Bindings:
         read = [weight.position for weight in weights if weight.reads and not weight.source.endswith(".data")]
         self._needed = list(dict.fromkeys([*keyed, *self._learned, *read]))
         self._drawing = layout.drawing
-        self._noisy = {weight.position for weight in weights if weight.noisy}
+        self._trained = {weight.position for weight in weights if weight.trains_learned}
         self._weights = weights
         self._seed = seed
         self._slots = slots
@@ -196,7 +196,7 @@ class Bindings:
             widths = self._find_widths(
                 [inputs[position] for position in self._learned],
                 [slots[position] for position in self._learned],
-                [position in self._noisy for position in self._learned],
+                [position in self._trained for position in self._learned],
             )
         trained = {p: weight for p, weight in weights.items() if weight.reason is None and weight.trainable}
         if self._name_trained:

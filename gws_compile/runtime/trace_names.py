@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from ..source_names import prefixes_of
+from ..source_names import cell_of, last_name, prefixes_of
 from ..torch_internals.compilers import is_compiled
 from ..torch_internals.dynamo import value_of_source
 from ..torch_internals.fake_tensors import is_fake
@@ -23,6 +23,8 @@ class TracedWeight:
 
     Attributes:
         names: in the module that was compiled and, where it is another one, in the outermost that is being called.
+            Where a function was compiled: in the outermost module that it reaches the weight through, and the same
+            behind what the function calls that module by, as in ``teacher.fc.weight``.
         places: where it stands in the modules that are known; several where it is tied.
     """
 
@@ -46,7 +48,7 @@ def traced_weights(inputs: Mapping[str, object]) -> dict[str, TracedWeight]:
         real = value_of_source(source) if is_fake(value) else None
         tensor = real if isinstance(real, torch.Tensor) else value
         if isinstance(tensor, torch.Tensor) and (places := roots.places(tensor, source)):
-            found[source] = TracedWeight(roots.names(tensor, places), tuple(places))
+            found[source] = TracedWeight(roots.names(tensor, places, source), tuple(places))
     return found
 
 
@@ -87,10 +89,18 @@ class _Roots:
                 within += 1
         return []
 
-    def names(self, tensor: torch.Tensor, places: Sequence[HeldWeight]) -> tuple[str, ...]:
-        """Of a tensor that stands at these places: that of the first, and that in the outermost module."""
+    def names(self, tensor: torch.Tensor, places: Sequence[HeldWeight], source: str = "") -> tuple[str, ...]:
+        """Of a tensor that stands at these places: that of the first, and that in the outermost module.
+
+        Where no module is called that has it, the same behind what the function calls the outermost module by that the
+        source leads through: two models in one function, a student and its teacher, have weights of the same names.
+        """
         outermost = self._of(self._modules[-1], tensor)[:1] if self._modules else []
-        return tuple(dict.fromkeys(held.name for held in (*places[:1], *outermost)))
+        names = [held.name for held in (*places[:1], *outermost)]
+        if source and not any(self._of(module, tensor) for module in self._modules):
+            called = _called(source)
+            names += [f"{called}.{places[0].name}"] if called else []
+        return tuple(dict.fromkeys(names))
 
     def _of(self, module: nn.Module, tensor: torch.Tensor) -> list[HeldWeight]:
         if id(module) not in self._held:
@@ -99,3 +109,17 @@ class _Roots:
                 places.setdefault(id(held.tensor), []).append(held)
             self._held[id(module)] = places
         return self._held[id(module)].get(id(tensor), [])
+
+
+def _called(source: str) -> str:
+    """What a function calls the outermost module by that a source leads through; empty where it has no name for it."""
+    for expression in prefixes_of(source):
+        if isinstance(value_of_source(expression), nn.Module):
+            cell = cell_of(expression)
+            return last_name(expression) if cell is None else _free_variable(*cell)
+    return ""
+
+
+def _free_variable(function: str, number: int) -> str:
+    code = getattr(value_of_source(function), "__code__", None)
+    return "" if code is None else str(code.co_freevars[number])

@@ -9,14 +9,15 @@ from typing import Any
 from ..numerics.presets import PRESETS
 from ..weight_names import first_match
 from .learned_bits import LearnedBits
+from .levels import Levels
 from .nearest import nearest
 from .weight_settings import GivenSettings, WeightSettings
 
 KEYS = ("fmt", "bits", "block", "scale", "noise", "sparsity")
 """What a rule can say of a weight."""
 
-RuleSetting = str | Mapping[str, Any] | None
-"""A format, some of `KEYS`, or None (or ``"none"``) for weights that are left alone."""
+RuleSetting = str | Levels | Mapping[str, Any] | None
+"""A format, `Levels`, some of `KEYS`, or None (or ``"none"``) for weights that are left alone."""
 
 RuleLike = tuple[str | Sequence[str], RuleSetting]
 """Globs on qualified names, and the settings of the weights that match one."""
@@ -115,13 +116,15 @@ def _over(base: GivenSettings, given: Mapping[str, Any]) -> GivenSettings:
     """What was given for all weights, with what a rule says."""
     own_format = "fmt" in given
     is_preset = own_format and isinstance(given["fmt"], str) and given["fmt"] in PRESETS
+    is_table = isinstance(given.get("fmt"), Levels)
     bits = given.get("bits", None if own_format else base.bits)
+    own_scale = is_preset or is_table or (base.scale == "nvfp4" and own_format)
     return GivenSettings(
         fmt=given.get("fmt", base.fmt),
-        noise=given.get("noise", base.noise),
+        noise=given.get("noise", None if is_table else base.noise),
         bits=bits,
         block=given.get("block", None if is_preset else base.block),
-        scale=given.get("scale", "auto" if is_preset or (base.scale == "nvfp4" and own_format) else base.scale),
+        scale=given.get("scale", "auto" if own_scale else base.scale),
         sparsity=given.get("sparsity", base.sparsity),
     )
 

@@ -11,6 +11,7 @@ import torch
 
 from ..numerics.blocks import Block, block_counts, check_block
 from ..numerics.elements import ElementFormat
+from ..numerics.formats import FloatFormat
 from ..numerics.integers import IntFormat
 from ..numerics.noise import NOISES, Noise
 from ..numerics.nvfp4 import ELEMENT as NVFP4_ELEMENT
@@ -18,6 +19,7 @@ from ..numerics.presets import PRESETS, read_format
 from ..numerics.scales import SCALES, Scale
 from ..numerics.spec import SampleSpec
 from .learned_bits import LearnedBits, check_bits
+from .levels import Levels
 from .sparsity import Sparsity, SparsityLike, as_sparsity
 
 DEFAULT_FORMAT = "fp8_e4m3"
@@ -32,16 +34,16 @@ class GivenSettings:
     """What a user has given of a weight's settings; what is left out follows from the format.
 
     Attributes:
-        fmt: a name, or a format; None for the default.
-        noise: law of R.
+        fmt: a name, a format, or `Levels`; None for the default.
+        noise: law of R; None for the format's own: that of the method, or none with `Levels`.
         bits: a number, `LearnedBits`, or None for the format's own width.
         block: None for the preset's, or 32 x 32.
         scale: `ScaleSetting`.
         sparsity: ``"N:M"``, `PrunedGroups`, or None.
     """
 
-    fmt: str | ElementFormat | None
-    noise: Noise
+    fmt: str | ElementFormat | Levels | None
+    noise: Noise | None
     bits: float | LearnedBits | None
     block: Block | None
     scale: ScaleSetting
@@ -53,7 +55,8 @@ class WeightSettings:
     """How a weight is sampled.
 
     Attributes:
-        fmt: element format of the cast; with learned widths, that of training.
+        fmt: element format of the cast; with learned widths, that of training; with levels float32, which they are
+            stored in.
         noise: law of R.
         bits: bit width b of the noise; with learned widths, or where a schedule moves it, the width that the format
             stands for, which has no meaning.
@@ -62,6 +65,7 @@ class WeightSettings:
         block: rows and columns that share a maximum and a scale.
         scale: rule of the block scale.
         preset: the name that stood for format, block and scale; empty where none did.
+        levels: the table of levels that are trained, in place of a format; None for a format.
         sparsity: which elements are zero; None for a dense weight.
     """
 
@@ -73,6 +77,7 @@ class WeightSettings:
     block: Block
     scale: Scale
     preset: str = ""
+    levels: Levels | None = None
     sparsity: Sparsity | None = None
 
     @staticmethod
@@ -86,7 +91,11 @@ class WeightSettings:
         Raises:
             ValueError: a bad value, or values that contradict one another; the message names them.
         """
-        check_choice("noise", given.noise, NOISES)
+        if given.noise is not None:
+            check_choice("noise", given.noise, NOISES)
+        if isinstance(given.fmt, Levels):
+            return _of_levels(given, given.fmt)
+        noise: Noise = "rounded_normal" if given.noise is None else given.noise
         learned = given.bits if isinstance(given.bits, LearnedBits) else None
         text = given.fmt
         if text is None:
@@ -104,13 +113,13 @@ class WeightSettings:
             preset.check(block, scale)
         _check_scale(scale, fmt)
         if learned is not None:
-            _check_learned(learned, fmt, given.noise, scale)
+            _check_learned(learned, fmt, noise, scale)
         bits = fmt.noise_bits if given.bits is None or isinstance(given.bits, LearnedBits) else given.bits
         bits = check_bits("bits", bits)
         check_bits_of(fmt, "bits", bits)
         return WeightSettings(
             fmt=fmt,
-            noise=given.noise,
+            noise=noise,
             bits=bits,
             learned=learned,
             scheduled=scheduled and learned is None,
@@ -123,7 +132,17 @@ class WeightSettings:
     @property
     def name(self) -> str:
         """The preset, or the element format, as reports call it."""
-        return self.preset or self.fmt.name
+        return self.preset or (self.fmt.name if self.levels is None else self.levels.name)
+
+    @property
+    def spec(self) -> str:
+        """The element format, or the table of levels, as a saved state names it."""
+        return self.fmt.spec if self.levels is None else self.levels.spec
+
+    @property
+    def trains_otherwise(self) -> bool:
+        """Whether a weight that is trained enters its graph in another way than a frozen one: with noise, or levels."""
+        return self.noise != "none" or self.levels is not None
 
     @property
     def block_text(self) -> str:
@@ -138,17 +157,21 @@ class WeightSettings:
         """Format, block, scale and sparsity, as a saved state names them; of a dense weight the first three."""
         rows, cols = self.block
         sparse = "" if self.sparsity is None else f" {self.sparsity}"
-        return f"{self.fmt.spec} {rows or 'all'}x{cols or 'all'} {self.scale or 'none'}{sparse}"
+        return f"{self.spec} {rows or 'all'}x{cols or 'all'} {self.scale or 'none'}{sparse}"
 
     def stored_bytes(self, matrices: int, rows: int, cols: int) -> int:
         """Bytes of the cast weight with its scales, as a file has them: a preset's file may repeat a block's scale.
 
         Without a preset that says it, a power-of-two scale takes a byte (e8m0) and any other 4 bytes (float32). NVFP4
-        has 4 bytes more for each matrix. Without meaning for learned widths.
+        has 4 bytes more for each matrix, a table of levels as many for each level. Without meaning for learned widths.
 
         Args:
             matrices, rows, cols: see `gws_compile.numerics.blocks.matrix_shape`.
         """
+        if self.levels is not None:
+            codes = -(-matrices * rows * cols * self.levels.storage_bits // 8)
+            blocks = 0 if self.scale is None else matrices * math.prod(block_counts(self.block, rows, cols))
+            return codes + 4 * blocks + 4 * len(self.levels.table)
         elements = -(-matrices * rows * cols * self.fmt.storage_bits // 8)
         if self.scale is None or not self.fmt.scaled:
             return elements
@@ -160,10 +183,52 @@ class WeightSettings:
         return elements + scales * scale_bytes + (4 * matrices if self.scale == "nvfp4" else 0)
 
     def sample_spec(self, dtype: torch.dtype) -> SampleSpec:
-        """How a weight of this dtype is sampled in training."""
+        """How a weight of this dtype is sampled in training.
+
+        Raises:
+            ValueError: it is cast to levels.
+        """
+        if self.levels is not None:
+            raise ValueError("fmt=Levels(...) is no format: its levels are trained, and differ from weight to weight")
         rule = None if self.learned is None else self.learned.rule
         bits = None if self.scheduled or self.learned is not None else self.bits
         return SampleSpec(self.fmt, self.noise, bits, self.scale, rule, dtype)
+
+
+def _of_levels(given: GivenSettings, levels: Levels) -> WeightSettings:
+    """The settings of weights that are cast to levels.
+
+    Raises:
+        ValueError: a setting that has no meaning with them.
+    """
+    if given.noise not in (None, "none"):
+        raise ValueError(
+            "fmt=Levels(...) trains its levels by their gradients, without noise: noise must be 'none' or left out, "
+            f"got {given.noise!r}"
+        )
+    if given.bits is not None:
+        raise ValueError(
+            f"fmt=Levels(...) has no noise, and so no bit width: bits must be left out, got {given.bits!r}"
+        )
+    if given.sparsity is not None:
+        raise ValueError(
+            f"with fmt=Levels(...) weights are dense: sparsity must be None, got {str(given.sparsity)!r}; a rule for "
+            'their weights can say {"fmt": Levels(...), "sparsity": None}'
+        )
+    scale: Any = "amax" if given.scale == "auto" else given.scale
+    check_choice("scale", scale, (*SCALES, "auto"))
+    if scale not in ("amax", None):
+        raise ValueError(f"with fmt=Levels(...) scale must be 'amax', 'auto' or None, got {scale!r}")
+    return WeightSettings(
+        fmt=FloatFormat.make(8, 23),
+        noise="none",
+        bits=float(levels.storage_bits),
+        learned=None,
+        scheduled=False,
+        block=check_block(DEFAULT_BLOCK if given.block is None else given.block),
+        scale=scale,
+        levels=levels,
+    )
 
 
 def check_bits_of(fmt: ElementFormat, name: str, bits: float) -> None:

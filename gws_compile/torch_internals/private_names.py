@@ -78,7 +78,9 @@ PRIVATE_NAMES: Mapping[str, PrivateName] = {
         _KERNEL, "torch.backends.cpu.get_cpu_capability(), which does not know Inductor's settings"
     ),
     "torch._inductor.custom_graph_pass.CustomGraphPass": PrivateName(_PRODUCTS),
-    "torch._inductor.decomposition.select_decomp_table": PrivateName("the products of graphs in reports"),
+    "torch._inductor.decomposition.select_decomp_table": PrivateName(
+        "the products of graphs in reports; fusing the cast onto levels"
+    ),
     "torch._inductor.ir.ComputedBuffer": PrivateName(_LOWERING),
     "torch._inductor.ir.CppTemplateBuffer": PrivateName(_KERNEL),
     "torch._inductor.ir.ExternKernel": PrivateName(_LOWERING),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
 from gws_compile.passes import operations
 from gws_compile.passes.einsum import einsum_of_two
 from gws_compile.passes.operands import operands
+from gws_compile.passes.sample_nodes import is_sample
 from torch import fx
 
 from gws_compile.torch_internals.graphs import example_value
@@ -88,7 +88,7 @@ def written_out(graph: fx.Graph, constants: set[fx.Node]) -> Iterator[Attention 
 def _is_sample(node: fx.Node) -> bool:
     while operations.name_of(node) in operations.TRANSPARENT and isinstance(node.args[0], fx.Node):
         node = node.args[0]
-    return node.target is torch.ops.gws.sample_weight.default
+    return is_sample(node)
 
 
 def _behind(softmax: fx.Node) -> fx.Node | None:

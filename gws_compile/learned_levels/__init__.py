@@ -1,0 +1,1 @@
+"""Levels that are trained: their parameters, how graphs take them, their state."""
