@@ -52,8 +52,6 @@ def entries(lr: float) -> dict[str, Entry]:
     return {
         "torch AdamW": Entry(adamw(lr), "torch"),
         "bitsandbytes AdamW8bit": Entry(of("bitsandbytes.optim", "AdamW8bit", lr=lr), "bitsandbytes"),
-        # A sign has no size: a tenth of the rate, as Lion's authors advise.
-        "bitsandbytes Lion8bit": Entry(of("bitsandbytes.optim", "Lion8bit", lr=lr / 10), "bitsandbytes"),
         "torchao AdamW8bit": Entry(of("torchao.optim", "AdamW8bit", lr=lr), "torchao"),
         "torchao AdamW4bit": Entry(of("torchao.optim", "AdamW4bit", lr=lr), "torchao"),
         "GaLoreAdamW": Entry(galore(lr, rank=48, gap=50), "galore-torch"),
@@ -96,6 +94,7 @@ def run(args: argparse.Namespace) -> None:
     packages = {entry.package: version(entry.package) for entry in chosen.values()}
     done["versions"] = {**done.get("versions", {}), "python": platform.python_version(), **packages}
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(done, indent=1) + "\n")
     for fmt in (args.fmt, None):
         for name, entry in chosen.items():
             for seed in range(args.seeds):

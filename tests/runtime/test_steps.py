@@ -76,7 +76,8 @@ def test_a_compiled_optimizer_step_is_not_compiled_again(bits):
     model = Net()
     backend = gws_compile.backend(bits=bits, inner="eager")
     compiled = torch.compile(model, backend=backend)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    backend.prepare(model, torch.randn(8, 40))
+    optimizer = torch.optim.SGD([*model.parameters(), *backend.parameters()], lr=0.1)
     counter = torch._dynamo.testing.CompileCounter()
     step = torch.compile(optimizer.step, backend=counter)
     frames = []
