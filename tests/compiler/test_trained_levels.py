@@ -2,6 +2,7 @@
 
 import copy
 import io
+import sys
 
 import pytest
 import torch
@@ -497,7 +498,7 @@ def test_trained_levels_reach_a_lower_loss():
     """Than those that stay as they begin, with every seed; docs/levels.md has these figures."""
     for seed in range(3):
         (fixed, still), (trained, moved) = (deployed_loss(seed, trained=trained) for trained in (False, True))
-        print(f"seed {seed}: fixed {fixed:.5f}, trained {trained:.5f}, largest way of a level {moved:.3f}")
+        sys.stdout.write(f"seed {seed}: fixed {fixed:.5f}, trained {trained:.5f}, way of a level {moved:.3f}\n")
         assert still == 0
         assert moved > 0.05
         assert trained < fixed
