@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-LEVELS_VERSION = 1
+LEVELS_VERSION = 2
 """Part of every call's arguments, as compile caches do not see the source: raise it with any change of arithmetic."""
 
 

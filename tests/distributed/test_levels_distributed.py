@@ -6,7 +6,7 @@ from support.distributed import run_ranks
 from support.small_models import TwoBlocks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import gws_compile
@@ -56,7 +56,7 @@ def sharded(mesh):
     torch._dynamo.reset()
     model, batches = model_and_batches()
     for block in (model.first, model.second):
-        parallelize_module(block, mesh, {"up": ColwiseParallel()})
+        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
     try:
         torch.compile(model, backend=gws_compile.backend(Levels.normal(3), inner="eager"))(batches[0])
     except Exception as error:
