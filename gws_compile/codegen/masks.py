@@ -49,13 +49,18 @@ class _Groups:
     def by_position(self) -> Any:
         """The mask, each element compared with those at the positions 0 to M - 1 of its group."""
         p, of = self.p, self._of
+        magnitude: Callable[[Index], Value] = self._magnitude
+        if self._w.get_device().type == "cpu" and self._w.get_dtype() != torch.float32:
+            # Beside 16-bit values a C++ loop exchanges floats and their bits one by one: once for each is enough.
+            stored = self._tensor(self._magnitude, torch.int32, self._shape)
+            stored.realize()
+            magnitude = stored.make_loader()
 
         def element(index: Index) -> Value:
             place = self._along(index)
             first = inductor.floordiv(place, of) * of
             position = inductor.ops.index_expr(inductor.modular(place, 1, of), torch.int32)
-            other = lambda k: self._magnitude(self._at(index, first + k))  # noqa: E731
-            return rank_in_group(p, self._magnitude(index), position, other, of)
+            return rank_in_group(p, magnitude(index), position, lambda k: magnitude(self._at(index, first + k)), of)
 
         return self._mask(element)
 
@@ -63,26 +68,25 @@ class _Groups:
         """The same, each element compared with those at distances up to M - 1, of those that are in its group.
 
         What is compared then lies one vector behind another, while the positions of a group are gathered one by one:
-        in C++ that takes a tenth of the time. Magnitudes are stored with zeros in front of each row and behind it, so
-        that nothing beyond the weight is read.
+        in C++ that takes a small part of the time. Magnitudes are stored with a margin in front of each row and behind
+        it, so that nothing beyond the buffer is read. What lies in the margin is in no group, whatever it is.
         """
         p, of, edge = self.p, self._of, self._of - 1
         rows = inductor.product(self._shape[: self._batch_dims + 1])
         cols = inductor.product(self._trailing)
 
-        def padded(index: Index) -> Value:
-            row, place = index[0], index[1] - edge
-            ops = inductor.ops
-            inside = ops.and_(
-                ops.ge(ops.index_expr(place, torch.int32), ops.constant(0, torch.int32)),
-                ops.lt(ops.index_expr(place, torch.int32), ops.index_expr(cols, torch.int32)),
-            )
-            leading = inductor.unflatten(row, self._shape[: self._batch_dims + 1])
-            at = [*leading, *inductor.unflatten(place, self._trailing)]
-            return ops.masked(inside, lambda: self._magnitude(at), 0)
+        def place_of(index: Index) -> Index:
+            row = inductor.flatten(index[: self._batch_dims + 1], self._shape[: self._batch_dims + 1])
+            return [row, self._along(index) + edge]
 
-        magnitudes = self._tensor(padded, torch.int32, [rows, cols + 2 * edge])
-        magnitudes.realize()
+        magnitudes = inductor.scatter(
+            self._w.get_device(),
+            torch.int32,
+            self._magnitude,
+            list(self._shape),
+            place_of,
+            [rows, cols + 2 * edge],
+        )
         load = magnitudes.make_loader()
         positions = self._tensor(
             lambda index: inductor.ops.index_expr(inductor.modular(index[0], 1, of), torch.int32), torch.int32, [cols]
@@ -91,12 +95,11 @@ class _Groups:
         table = positions.get_name()  # its own loader computes them anew
 
         def element(index: Index) -> Value:
-            row = inductor.flatten(index[: self._batch_dims + 1], self._shape[: self._batch_dims + 1])
-            place = self._along(index)
-            own, position = load([row, place + edge]), inductor.ops.load(table, place)
+            row, here = place_of(index)
+            own, position = load([row, here]), inductor.ops.load(table, self._along(index))
             rank: Value = 0
             for distance in range(1, of):
-                in_front, behind = (load([row, place + edge + d]) for d in (-distance, distance))
+                in_front, behind = (load([row, here + d]) for d in (-distance, distance))
                 # As large is enough for one in front.
                 larger = p.iselect(p.ilt(p.isub(own, 1), in_front), 1, 0)
                 rank = p.iadd(rank, p.iselect(p.ilt(distance - 1, position), larger, 0))

@@ -29,7 +29,10 @@ def decoded(folder, name):
     return compressor.decompress(local, config.config_groups["group_0"])["weight"]
 
 
-@pytest.mark.parametrize("fmt", ["mxfp8", "mxfp4", "int4_group", "fp8_channel", "nvfp4"])
+@pytest.mark.parametrize(
+    "fmt",
+    ["mxfp8", "int4_group", *(pytest.param(f, marks=pytest.mark.slow) for f in ("mxfp4", "fp8_channel", "nvfp4"))],
+)
 def test_compressed_tensors_decodes_2_4(fmt, tmp_path):
     """Every group of four has two zeros at least; the others are the cast of what is kept, bit for bit."""
     pytest.importorskip("compressed_tensors")

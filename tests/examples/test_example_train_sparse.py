@@ -25,6 +25,7 @@ def _small(monkeypatch):
     monkeypatch.setattr(train_sparse, "HELD_OUT_BATCHES", 1)
 
 
+@pytest.mark.slow
 def test_losses_zeros_and_the_model_that_is_cut(tmp_path, capsys):
     """Half of the elements are zero; and what is cut computes what was masked."""
     train_sparse.main(["--steps=4", "--inner=aot_eager", f"--out={tmp_path}"])

@@ -99,7 +99,7 @@ def test_the_summed_side_of_gpt2():
     """Its Conv1D has (in, out): groups run over the rows of what is stored."""
     model, tokens = gpt2(layers=1), torch.randint(0, 96, (2, 16))
     names = [n for n, p in model.named_parameters() if p.ndim == 2 and ".h." in n]
-    for sparsity in ("2:4", "columns:0.25", "rows:0.5"):
+    for sparsity in ("2:4", "rows:0.5"):
         torch._dynamo.reset()
         backend = gws_compile.backend("fp6_e3m2", sparsity=setting(sparsity), inner="aot_eager")
         loss, gradients = loss_and_gradients(torch.compile(model, backend=backend), model, tokens)
