@@ -6,8 +6,10 @@ import sys
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from support.levels import cast_oracle, eager_step
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
@@ -44,7 +46,7 @@ def tables_of(levels, table=TABLE.table):
     return dict.fromkeys(levels, table)
 
 
-def check(call, pqt, model, x, levels, block=(32, 32), weight_tolerance=0.0):
+def check(call, model, x, levels, block=(32, 32)):
     """One backward against the oracle: outputs and gradients of the model bit for bit."""
     out = call(x)
     out.square().sum().backward()
@@ -66,7 +68,7 @@ def test_a_step(inner):
     levels = levels_of(pqt)
     assert {name: parameter.shape for name, parameter in levels.items()} == {"up.weight": (8,), "down.weight": (8,)}
     assert all(parameter.tolist() == list(TABLE.table) for parameter in levels.values())
-    check(call, pqt, model, x, levels)
+    check(call, model, x, levels)
     with torch.no_grad():
         assert torch.equal(call(x), call(x))
         values = {n: cast_oracle(p, levels[n], TABLE.table) for n, p in model.named_parameters() if n in levels}
@@ -107,11 +109,29 @@ def test_inductor_has_the_eager_kernels_weight(shape):
     assert torch.equal(call(torch.eye(shape[0])).detach(), cast_oracle(weight, levels, TABLE.table))
 
 
+@pytest.mark.parametrize("backward", ["save", "recompute"])
+def test_what_is_kept_for_backward(backward):
+    """The cast weight of the second layer, or nothing but the parameters: then backward casts it again."""
+    kept = {}
+
+    def keep(name):
+        return lambda gm, inputs: (kept.update({name: gm}), make_boxed_func(gm.forward))[1]
+
+    inner = aot_autograd(
+        fw_compiler=keep("forward"), bw_compiler=keep("backward"), partition_fn=min_cut_rematerialization_partition
+    )
+    model, x = Net(), torch.randn(5, 40)
+    call, pqt = compiled(model, x, inner=inner, backward=backward)
+    check(call, model, x, levels_of(pqt))
+    casts = kept["backward"].graph.find_nodes(op="call_function", target=torch.ops.gws.cast_to_levels.default)
+    assert len(casts) == (backward == "recompute")
+
+
 @pytest.mark.parametrize("settings", [{"block": (1, None)}, {"block": (7, 16)}])
 def test_blocks(settings):
     model, x = Net(), torch.randn(5, 40)
     call, pqt = compiled(model, x, **settings)
-    check(call, pqt, model, x, levels_of(pqt), block=settings["block"])
+    check(call, model, x, levels_of(pqt), block=settings["block"])
 
 
 def test_training():
@@ -155,7 +175,7 @@ def test_tied_weights():
     call, pqt = compiled(model, x)
     levels = levels_of(pqt)
     assert list(levels) == ["first.weight"]
-    check(call, pqt, model, x, levels)
+    check(call, model, x, levels)
 
 
 def test_layers_that_share_a_graph():
