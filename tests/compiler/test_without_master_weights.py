@@ -311,9 +311,10 @@ def test_the_state_of_another_kind_is_refused():
             {"sparsity": gws_compile.PrunedGroups(0.5)},
             "with master=False sparsity must be 'N:M' or None, got 'rows:0.5'",
         ),
+        ({"fmt": gws_compile.Levels((-1.0, 0.0, 1.0))}, "with master=False fmt must be a format, got levels3"),
         ({"bits": gws_compile.LearnedBits()}, "bits=LearnedBits(...) learns from the noise: noise must not be 'none'"),
     ],
 )
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        backend(fmt=None, **settings)
+        backend(**{"fmt": None, **settings})

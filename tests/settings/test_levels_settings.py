@@ -83,6 +83,7 @@ def test_bad_bits(function, bits):
         ({"noise": "uniform"}, "without noise: noise must be 'none' or left out, got 'uniform'"),
         ({"bits": 4}, "has no noise, and so no bit width: bits must be left out, got 4"),
         ({"bits": gws_compile.LearnedBits()}, "bits must be left out, got LearnedBits"),
+        ({"sparsity": "2:4"}, r"with fmt=Levels\(...\) weights are dense: sparsity must be None, got '2:4'"),
         ({"scale": "floor"}, r"with fmt=Levels\(...\) scale must be 'amax', 'auto' or None, got 'floor'"),
         ({"scale": "nvfp4"}, r"with fmt=Levels\(...\) scale must be 'amax', 'auto' or None, got 'nvfp4'"),
         ({"scale": "max"}, "scale must be one of .*, got 'max'"),
