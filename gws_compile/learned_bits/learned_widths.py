@@ -183,4 +183,4 @@ def _gradients(parameters: Mapping[str, nn.Parameter], scale: torch.Tensor | Non
     joined = torch.cat([gradient.detach().reshape(-1).to(device) for gradient in flat])
     if scale is not None:
         joined = joined / scale.to(device)
-    return dict(zip(parameters, joined.split([gradient.numel() for gradient in flat]), strict=True))
+    return dict(zip(parameters, torch.split(joined, [gradient.numel() for gradient in flat]), strict=True))
