@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ def cast(w, levels, table=NORMAL.table, block=(32, 32), scale="amax", batch_dims
     return torch.ops.gws.cast_to_levels(*given.call())
 
 
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="other Python versions print the same code differently")
 def test_version_is_raised_with_the_code():
     """Compile caches see the version, not the source: raise it with any change of arithmetic, and set the digest."""
     trees = [ast.parse(path.read_text()) for path in sorted(FOLDER.glob("*.py"))]
