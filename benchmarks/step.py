@@ -4,6 +4,8 @@
     save           this backend
     recompute      with backward="recompute"
     learned        with learned bit widths, one for each block
+    direct         with master=False: parameters on their grids, written behind the optimizer's step
+    2:4            with sparsity="2:4"
     mxfp8, ...     with a recipe: weights, activations and gradients rounded
     parametrize    the noise by hand: torch.nn.utils.parametrize, torch.randn
     torchao        quantization-aware training of torchao, float8 weights
@@ -52,6 +54,8 @@ OWN: dict[str, dict[str, Any]] = {
     "save": {},
     "recompute": {"backward": "recompute"},
     "learned": {"fmt": None, "bits": gws_compile.LearnedBits()},
+    "direct": {"master": False},
+    "2:4": {"sparsity": "2:4"},
     **{name: {"fmt": "e3m2" if name == "exmy" else None, "recipe": name} for name in gws_compile.RECIPES},
 }
 VARIANTS = ("plain", *OWN, *peers.PEERS)

@@ -71,7 +71,7 @@ def test_the_weight_is_the_mean(fmt, scale, block):
     assert (moved.amax(0) > moved.amin(0)).float().mean() > 0.6  # rounded to nearest, none would be
 
 
-@pytest.mark.parametrize("bits", [8, 4, 3])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_is_the_published_rounding_with_its_uniforms(bits):
     """Zhao et al., arXiv 2412.04787: ``ceil`` where a uniform number is below the fraction, clamped, of ``w Q / max``.
 
