@@ -15,8 +15,10 @@ from torch import fx
 
 from gws_compile.numerics.formats import FloatFormat
 from gws_compile.numerics.keys import key_words
+from gws_compile.numerics.shards import from_local_like
 from gws_compile.numerics.spec import CLOCK_WORDS
 from gws_compile.ops.sample_arguments import RoundArguments
+from gws_compile.torch_internals.distributed import is_sharded, local_example, shard_range
 from gws_compile.torch_internals.fake_tensors import fake_like
 from gws_compile.torch_internals.graphs import add_placeholder, example_value, placeholder_source
 
@@ -154,8 +156,15 @@ class _Writer:
         return tuple(self._inputs)
 
     def rounded(self, value: fx.Node, like: fx.Node, label: str) -> fx.Node:
-        """A float32 value rounded by chance to what the dtype of ``like`` holds: float32 on that grid."""
-        example, graph = example_value(like), self._graph
+        """A float32 value rounded by chance to what the dtype of ``like`` holds: float32 on that grid.
+
+        Of a DTensor each rank rounds its part, with words of the part's place in the whole.
+        """
+        example, graph, part = example_value(like), self._graph, None
+        if is_sharded(example):
+            part = shard_range(example)
+            example, value = local_example(example), graph.call_method("to_local", (value,))
+            label += "" if part is None else f" from {part[1]}"
         key, clock = self._inputs_on(example)
         self.written += 1
         row = graph.call_method("reshape", (value, 1, -1))
@@ -172,7 +181,8 @@ class _Writer:
             switch=0,
         )
         flat = graph.call_function(torch.ops.gws.round_operand.default, given.call())
-        return graph.call_method("reshape", (flat, tuple(example.shape)))
+        rounded = graph.call_method("reshape", (flat, tuple(example.shape)))
+        return rounded if part is None else graph.call_function(from_local_like, (rounded, like))
 
     def _inputs_on(self, example: torch.Tensor) -> tuple[fx.Node, fx.Node]:
         if example.device not in self._inputs:

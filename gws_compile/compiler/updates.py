@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..numerics.primitives import wrap_int32
-from ..numerics.spec import CLOCK_WORDS
 from ..passes.round_updates import GRIDS, parameters_of_update, round_updates
+from ..runtime.clock import StepWords
 from ..runtime.keys import key_tensors
 from ..torch_internals.graphs import example_value
-from ..torch_internals.modes import plain_tensors
 from ..warning import GwsWarning
 
 log = logging.getLogger("gws_compile")
@@ -39,7 +37,7 @@ class CompiledUpdates:
         self._seed = seed
         self._ran = False
         self._optimizers: list[set[int]] = []  # ids: swap_tensors refuses tensors that are referred to, weakly too
-        self._clocks: dict[torch.device, tuple[int, torch.Tensor]] = {}
+        self._words = StepWords()
         self._warned = False
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -78,20 +76,10 @@ class CompiledUpdates:
 
         def step(*args: Any) -> Any:
             self._ran = True
-            clocks = [self._clock(device) for device in rewritten.devices]
+            clocks = [self._words.tensor(device, self.count) for device in rewritten.devices]
             return compiled(*args, *chain.from_iterable(zip(keys, clocks, strict=True)))
 
         return step
-
-    def _clock(self, device: torch.device) -> torch.Tensor:
-        """int32 (5,): the number of the step, and what is not used."""
-        known = self._clocks.get(device)
-        if known is None or known[0] != self.count:
-            with plain_tensors():
-                # A launch argument of a kernel: no copy from the host, so no synchronization.
-                words = torch.full((CLOCK_WORDS,), wrap_int32(self.count), dtype=torch.int32, device=device)
-            known = self._clocks[device] = (self.count, words)
-        return known[1]
 
     def _number(self, parameters: Sequence[torch.Tensor]) -> int:
         """Which optimizer has these parameters, in the order in which they came: the same in every process."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..numerics.primitives import wrap_int32
+from ..numerics.spec import CLOCK_WORDS
 from ..settings.schedule import Schedule
 from ..torch_internals.modes import plain_tensors
 
@@ -138,3 +139,20 @@ class Clock:
             kept = {known: one for known, one in list(made.items()) if known.step >= state.step - 1}
             self._tensors[device] = {**kept, state: tensor} if len(kept) < 8 else {state: tensor}
         return tensor
+
+
+class StepWords:
+    """The words of a clock of which the number alone is read: for roundings that are no sample of a weight."""
+
+    def __init__(self) -> None:
+        self._made: dict[torch.device, tuple[int, torch.Tensor]] = {}
+
+    def tensor(self, device: torch.device, step: int) -> torch.Tensor:
+        """int32 (5,): the number of a step; kept until another one is asked for."""
+        known = self._made.get(device)
+        if known is None or known[0] != step:
+            with plain_tensors():
+                # A launch argument of a kernel: no copy from the host, so no synchronization.
+                words = torch.full((CLOCK_WORDS,), wrap_int32(step), dtype=torch.int32, device=device)
+            known = self._made[device] = (step, words)
+        return known[1]

@@ -8,12 +8,11 @@ from dataclasses import replace
 import torch
 
 from ..config import Config
-from ..numerics.primitives import wrap_int32
 from ..numerics.spec import CLOCK_WORDS, SampleSpec
 from ..ops.write_grid import write_to_grid
 from ..torch_internals.compilers import compiled_function
 from ..torch_internals.distributed import shard_range, whole_tensor
-from .clock import Clock
+from .clock import Clock, StepWords
 from .keys import key_tensors
 from .sampled_weights import sampling_of
 from .weight_registry import WeightRegistry
@@ -43,9 +42,17 @@ class GridWriter:
         self._registry = registry
         self._clock = clock
         self._compiled: dict[tuple[object, ...], Write] = {}
+        self._keys: dict[tuple[str, torch.device], torch.Tensor] = {}
+        self._words = StepWords()
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Write the weights of an optimizer that has stepped."""
+        """Write the weights of an optimizer that has stepped.
+
+        Behind a step with no training forward before it nothing has been trained: ``torch.distributed.checkpoint``
+        takes such steps to fill an optimizer's state.
+        """
+        if not self._clock.drawn:
+            return
         self.write({id(parameter) for group in optimizer.param_groups for parameter in group["params"]})
 
     def write(self, held: Collection[int] | None = None) -> None:
@@ -65,11 +72,15 @@ class GridWriter:
         spec = replace(settings.sample_spec(sampled.dtype), noise="none", bits=None)
         with torch.no_grad():
             whole = whole_tensor(weight)
-            (key,) = key_tensors(self._config.seed, [slot.name or ""], whole.device)
-            words = [wrap_int32(self._clock.upcoming)] + [0] * (CLOCK_WORDS - 1)
-            clock = torch.tensor(words, dtype=torch.int32, device=whole.device)
-            written = self._function(whole, spec, batch_dims, settings.block)(whole, key, clock)
+            write = self._function(whole, spec, batch_dims, settings.block)
+            clock = self._words.tensor(whole.device, self._clock.upcoming)
+            written = write(whole, self._key(slot.name or "", whole.device), clock)
             _copy(weight, written)
+
+    def _key(self, name: str, device: torch.device) -> torch.Tensor:
+        if (name, device) not in self._keys:
+            (self._keys[name, device],) = key_tensors(self._config.seed, [name], device)
+        return self._keys[name, device]
 
     def _function(
         self, weight: torch.Tensor, spec: SampleSpec, batch_dims: int, block: tuple[int | None, int | None]

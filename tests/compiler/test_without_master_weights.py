@@ -209,6 +209,21 @@ def test_what_no_optimizer_holds_and_what_is_frozen_stays():
     assert torch.equal(model.first.up.weight, before["first.up.weight"])
 
 
+def test_an_optimizer_that_checkpointing_initializes_writes_nothing():
+    """``torch.distributed.checkpoint.state_dict`` fills a fresh optimizer's state by a step of its own."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model, pqt = OneLayer(), backend()
+    pqt.prepare(model, batch(0))
+    before = model.fc.weight.detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters())
+    get_optimizer_state_dict(model, optimizer)
+    assert optimizer.state  # it did step
+    assert torch.equal(model.fc.weight, before)
+    train(torch.compile(model, backend=pqt), optimizer, range(1))
+    assert torch.equal(gws_compile.quantize(model.fc.weight, "int4"), model.fc.weight)
+
+
 def test_two_optimizers_write_each_its_own_with_the_same_words():
     def run(split):
         torch.manual_seed(0)

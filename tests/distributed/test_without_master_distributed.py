@@ -116,3 +116,48 @@ def test_mixed_precision_has_what_its_graphs_read_on_the_grid():
             assert value.dtype == torch.float32
             if value.ndim == 2:
                 assert torch.equal(gws_compile.quantize(value.bfloat16(), "fp8_e4m3").float(), value), weight
+
+
+def bf16_updates(rank, sharded):
+    """Two steps of a compiled AdamW; each rank has the same gradient, of the whole batch."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Model().bfloat16()
+    if sharded:
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2.0**-10)
+    step = torch.compile(optimizer.step, backend=gws_compile.backend("bf16", inner="aot_eager"))
+    for number in range(2):
+        x = torch.randn(BATCH, 64, generator=torch.Generator().manual_seed(number))
+        model(x.bfloat16()).float().square().mean().backward()
+        for p in model.parameters():
+            p.grad = p.grad.sign()
+        step()
+        optimizer.zero_grad()
+    return {
+        n: getattr(p.detach(), "full_tensor", lambda p=p: p.detach())().clone() for n, p in model.named_parameters()
+    }
+
+
+@pytest.mark.slow
+def test_compiled_updates_of_shards():
+    """AdamW moves by the learning rate, half of the spacing below 1/4: each rank rounds its part, up or down."""
+    first, second = run_ranks(bf16_updates, args=(True,))
+    torch.manual_seed(0)
+    begun = dict(Model().bfloat16().named_parameters())
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+        assert value.dtype == torch.bfloat16
+    weight, before = first["first.down.weight"].double(), begun["first.down.weight"].detach().double()
+    moved = (weight - before).abs()
+    assert moved.max() <= 2 * 2.0**-10 + 2 * 2.0**-11  # weights below 1/8 lie 2**-11 apart, at most
+    assert (moved > 0).double().mean() > 0.9
+    halves = (weight - before).chunk(2)
+    assert not torch.equal(*halves)
+
+
+@pytest.mark.slow
+def test_compiled_updates_of_replicas():
+    """Plain tensors, as DDP has them: both ranks write the same."""
+    first, second = run_ranks(bf16_updates, args=(False,))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
