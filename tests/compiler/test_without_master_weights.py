@@ -251,6 +251,35 @@ def test_evaluation_sees_the_parameters_themselves():
     assert torch.equal(compiled(torch.eye(40)).detach(), model.fc.weight.t())
 
 
+class Mixed(nn.Module):
+    """A convolution in channels-last memory, matrices of experts, and a weight that is stored (in, out)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
+        self.experts = nn.Parameter(0.1 * torch.randn(4, 18, 40))
+        self.stored = nn.Parameter(0.1 * torch.randn(40, 24))
+
+    def forward(self, x):
+        y = self.conv(x).flatten(2)[:, :4, :18].transpose(0, 1)
+        return torch.bmm(y, self.experts) @ self.stored
+
+
+@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_convolutions_and_experts_are_written_in_their_own_blocks(inner):
+    torch.manual_seed(0)
+    model, pqt = Mixed(), backend("int4", block=(4, 16), inner=inner)
+    compiled = torch.compile(model, backend=pqt)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    for _ in range(2):
+        compiled(torch.randn(2, 3, 8, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for p in (model.conv.weight, model.experts, model.stored):
+            assert torch.equal(gws_compile.quantize(p, "int4", (4, 16)), p)
+    assert model.conv.weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_a_sparse_weight_is_its_parameter_where_it_is_kept():
     torch.manual_seed(0)
     model, pqt = OneLayer(bias=False), backend("int4", block=(1, 40), sparsity="2:4")
