@@ -107,6 +107,7 @@ def test_the_update_is_the_mean(dtype, reset):
     assert abs(both - up**2) < 5 * (up**2 / weight.numel()) ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 def test_small_updates_are_lost_unless_they_are_written_by_chance(compiled, reset):
     """200 updates of a twentieth of bfloat16's step; the second moment of AdamW, which moves by a thousandth each."""

@@ -167,7 +167,7 @@ def test_layers_that_share_a_graph_are_no_repetition():
     assert len(backend.graphs) == 1
 
 
-def test_a_backend_that_nothing_goes_through_is_named():
+def test_a_backend_that_nothing_goes_through_is_named(fresh):
     if traces_own_modules():
         pytest.skip("this torch traces its own modules: something goes through")
     waiting = gws_compile.backend()  # one that is given to nothing has nothing to say
@@ -195,7 +195,7 @@ def test_a_backend_that_nothing_goes_through_is_named():
     assert waiting.graphs == []
 
 
-def test_graphs_without_a_parameter_are_named():
+def test_graphs_without_a_parameter_are_named(fresh):
     """As FSDP1 makes them: the modules hold views of a flat parameter."""
     flat = nn.Parameter(torch.randn(16))
 
