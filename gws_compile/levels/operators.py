@@ -12,8 +12,7 @@ from .arguments import LevelsArguments
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@torch.library.custom_op("gws::cast_to_levels", mutates_args=())
-def cast_to_levels(
+def _cast_to_levels(
     w: torch.Tensor,
     levels: torch.Tensor | None,
     table: list[float],
@@ -45,21 +44,9 @@ def cast_to_levels(
     return torch.empty_like(w, dtype=out_dtype or w.dtype).copy_(computed(given))
 
 
-@torch.library.custom_op("gws::cast_to_levels_whole", mutates_args=())
-def cast_to_levels_whole(
-    w: torch.Tensor,
-    levels: torch.Tensor | None,
-    table: list[float],
-    batch_dims: int,
-    block: list[int],
-    scale: str,
-    out_dtype: torch.dtype | None,
-    keep: bool,
-    version: int,
-) -> torch.Tensor:
-    """``gws::cast_to_levels``, as Inductor calls it where it is not to take it apart; arguments and result are its."""
-    given = LevelsArguments(w, levels, table, batch_dims, block, scale, out_dtype, keep, version)
-    return torch.empty_like(w, dtype=out_dtype or w.dtype).copy_(computed(given))
+cast_to_levels = torch.library.custom_op("gws::cast_to_levels", _cast_to_levels, mutates_args=())
+cast_to_levels_whole = torch.library.custom_op("gws::cast_to_levels_whole", _cast_to_levels, mutates_args=())
+"""The same, as Inductor calls it where it is not to take it apart."""
 
 
 def computed(given: LevelsArguments) -> torch.Tensor:

@@ -11,6 +11,9 @@ from __future__ import annotations
 from .float32 import EXPONENT, FRACTION, float32_bits
 from .primitives import Primitives, Value
 
+LAST_BITS = 2.0**-22
+"""By how much a float32 quotient times its divisor may differ from the dividend, and more."""
+
 _ONE = 127 << 23
 _LEADING = 1 << 23
 _OFF = 2

@@ -17,6 +17,7 @@ import torch
 
 from ..numerics.blocks import Blocks, block_argument, block_maximum
 from ..numerics.cast import largest_value
+from ..numerics.division import LAST_BITS
 from ..numerics.noise import random_word
 from ..numerics.nvfp4 import neighbouring_maxima
 from ..numerics.primitives import TorchPrimitives
@@ -29,9 +30,6 @@ from .sample_arguments import RoundArguments
 
 WRITE_PLACE, LIFT_PLACE = 2**30, 2**30 + 1
 """`SampleSpec.place` of the two roundings: numbers that no product's operand has."""
-
-_LAST_BITS = 2.0**-22
-"""By how much a float32 quotient times its divisor may differ from the dividend, and more."""
 
 
 def write_to_grid(
@@ -106,7 +104,7 @@ def _cast(
 
 def _but_on_grid(w: torch.Tensor, nearest: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
     """``rounded``, and what lies on the grid as it is, up to the last bits of a quotient."""
-    on_grid = (w.float() - nearest.float()).abs() <= nearest.float().abs() * _LAST_BITS
+    on_grid = (w.float() - nearest.float()).abs() <= nearest.float().abs() * LAST_BITS
     return torch.where(on_grid, nearest, rounded)
 
 

@@ -10,6 +10,7 @@ import torch
 from ..config import Config
 from ..levels.nearest import cast_to_levels, numbers_and_scales
 from ..numerics.blocks import Blocks, block_maximum, matrix_shape
+from ..numerics.division import LAST_BITS
 from ..numerics.elements import ElementFormat
 from ..numerics.keys import key_words
 from ..numerics.primitives import TorchPrimitives
@@ -25,9 +26,6 @@ from ..torch_internals.distributed import whole_tensor
 
 PART_ELEMENTS = 2**22
 """Elements that are looked at together: bounds the memory taken, about 100 bytes each."""
-
-_LAST_BITS = 2.0**-22
-"""By how much a float32 quotient times its divisor may differ from the dividend, and more."""
 
 
 @dataclass(frozen=True)
@@ -157,5 +155,5 @@ def _largest(
     limit = x.double() * (largest.double() if isinstance(largest, torch.Tensor) else largest)
     if spec.scale == "amax":
         # The block maximum is the grid's largest value, up to the last bit of the scale.
-        limit = torch.where((amax.double() / limit - 1).abs() < _LAST_BITS, amax.double(), limit)
+        limit = torch.where((amax.double() / limit - 1).abs() < LAST_BITS, amax.double(), limit)
     return blocks.expand(limit)

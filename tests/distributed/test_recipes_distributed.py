@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from support.distributed import run_ranks
 from support.recipe_oracle import RecipeOracle
-from torch import nn
+from support.small_models import HalvableBlocks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -23,29 +23,9 @@ STOCHASTIC = {
 SETTINGS = {"nearest": MX, "stochastic": STOCHASTIC}
 
 
-class Block(nn.Module):
-    """Sides of two blocks of 32, so that halves have whole ones."""
-
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
-
-    def forward(self, x):
-        return x + self.down(self.up(x).relu())
-
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = Block(), Block()
-
-    def forward(self, x):
-        return self.second(self.first(x))
-
-
 def model_and_batch():
     torch.manual_seed(0)
-    return Model(), torch.randn(BATCH, 64)
+    return HalvableBlocks(), torch.randn(BATCH, 64)
 
 
 def loss_of(call, x):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.distributed import run_ranks
-from torch import nn
+from support.small_models import HalvableBlocks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -19,28 +19,10 @@ SETTINGS = {
 }
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
-
-    def forward(self, x):
-        return x + self.down(self.up(x).relu())
-
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = Block(), Block()
-
-    def forward(self, x):
-        return self.second(self.first(x))
-
-
 def start(name):
     torch._dynamo.reset()
     torch.manual_seed(0)
-    return Model(), gws_compile.backend(**SETTINGS[name], master=False, inner="aot_eager", seed=5)
+    return HalvableBlocks(), gws_compile.backend(**SETTINGS[name], master=False, inner="aot_eager", seed=5)
 
 
 def train(model, call):
@@ -122,7 +104,7 @@ def bf16_updates(rank, sharded):
     """Two steps of a compiled AdamW; each rank has the same gradient, of the whole batch."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = Model().bfloat16()
+    model = HalvableBlocks().bfloat16()
     if sharded:
         fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2.0**-10)
@@ -144,7 +126,7 @@ def test_compiled_updates_of_shards():
     """AdamW moves by the learning rate, half of the spacing below 1/4: each rank rounds its part, up or down."""
     first, second = run_ranks(bf16_updates, args=(True,))
     torch.manual_seed(0)
-    begun = dict(Model().bfloat16().named_parameters())
+    begun = dict(HalvableBlocks().bfloat16().named_parameters())
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
         assert value.dtype == torch.bfloat16

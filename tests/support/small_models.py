@@ -71,3 +71,25 @@ def traces_own_modules() -> bool:
     module.compile(backend=lambda gm, inputs: graphs.append(gm) or gm.forward)
     module(torch.ones(1, 2))
     return bool(graphs)
+
+
+class HalvableBlock(nn.Module):
+    """``up`` from 64 features to 128 and ``down`` from them: halves of both sides have whole blocks of 32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.up(x).relu())
+
+
+class HalvableBlocks(nn.Module):
+    """``first`` and ``second``, each a `HalvableBlock`; for two ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = HalvableBlock(), HalvableBlock()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
