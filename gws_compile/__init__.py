@@ -38,7 +38,6 @@ The layers, from above; each imports only from those below it:
 from .api import backend, explain
 from .command_line.named_backend import named_backend
 from .compiler.backend import Backend
-from .config import DEFAULT_EXCLUDE
 from .deploy.export_report import ExportedWeight, ExportReport
 from .deploy.manifest import load_export
 from .deploy.slicing import slice_pruned
@@ -51,6 +50,7 @@ from .recipes import RECIPES
 from .report.metrics import Metrics, WeightMetrics
 from .report.records import GraphBreak, GraphRecord, ProductRecord, ReadRecord, WeightRecord
 from .report.report import Report
+from .settings.arguments import DEFAULT_EXCLUDE
 from .settings.attention import AttentionOperands
 from .settings.learned_bits import LearnedBits
 from .settings.levels import Levels

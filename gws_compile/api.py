@@ -7,11 +7,12 @@ from typing import Any
 
 from .compiler.backend import Backend
 from .compiler.tracer import explained
-from .config import DEFAULTS, Backward, Config, Inner, Resample
+from .config import Config
 from .numerics.blocks import Block
 from .numerics.elements import ElementFormat
 from .numerics.noise import Noise
 from .report.report import Report
+from .settings.arguments import DEFAULTS, Backward, Inner, Resample
 from .settings.attention import AttentionLike
 from .settings.learned_bits import LearnedBits
 from .settings.levels import Levels

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gws_compile.config import Backward
+from gws_compile.settings.arguments import Backward
 from gws_compile.torch_internals import graphs
 
 from .rewrite_context import Rewrite

@@ -6,7 +6,8 @@ from dataclasses import fields
 import pytest
 
 import gws_compile
-from gws_compile.config import Config, Settings
+from gws_compile.config import Config
+from gws_compile.settings.arguments import Settings
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The settings of a backend as options of a command, made from `gws_compile.config.SETTINGS`."""
+"""The settings of a backend as options of a command, made from `gws_compile.settings.arguments.SETTINGS`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ..config import SETTINGS, Setting
+from ..settings.arguments import SETTINGS, Setting
 from ..settings.nearest import nearest
 from .settings_text import CONFIG_VARIABLE, checked, from_environment, variable
 

@@ -1,8 +1,8 @@
 """Settings as text: the arguments of `gws_compile.backend` from the environment and from a TOML file.
 
-The settings are those of `gws_compile.config.SETTINGS`: what is added there is a variable, an option and a key of the
-file at once. One that is text (``GWS_BITS=5``, ``--bits 5``) is read by `read`; what a value may be is decided by
-`Config.make` alone.
+The settings are those of `gws_compile.settings.arguments.SETTINGS`: what is added there is a variable, an option and a
+key of the file at once. One that is text (``GWS_BITS=5``, ``--bits 5``) is read by `read`; what a value may be is decided
+by `Config.make` alone.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..config import SETTINGS, Config
+from ..config import Config
 from ..passes import SKIP_VARIABLE
+from ..settings.arguments import SETTINGS
 from ..settings.attention import AttentionOperands
 from ..settings.learned_bits import LearnedBits
 from ..settings.nearest import nearest

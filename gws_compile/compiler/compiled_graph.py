@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..config import Config, Inner
+from ..config import Config
 from ..passes import Rewrite, treatment_of
 from ..passes.bodies import copy_with_bodies
 from ..runtime.binding import Binding, Bindings
 from ..runtime.clock import Clock, DrawState
 from ..runtime.recomputation import Recomputations
+from ..settings.arguments import Inner
 from ..torch_internals import compilers
 from ..torch_internals.autograd import inside_backward
 from ..torch_internals.compilers import GraphPass

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..config import DEFAULT_EXCLUDE, Config
+from ..config import Config
 from ..numerics.scales import STORAGE
 from ..passes import Weight, treatment_of
 from ..report.untraced import is_table, is_untraced
 from ..runtime.sampled_weights import unique_names
 from ..runtime.step_rounds import StepRounds
 from ..runtime.weight_slots import Slot, WeightSlots
+from ..settings.arguments import DEFAULT_EXCLUDE
 from ..settings.rules import Rule
 from ..source_names import parameter_path
 from ..torch_internals.autograd import at_end_of_backward, inside_backward

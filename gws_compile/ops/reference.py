@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from ..config import DEFAULTS, Config
+from ..config import Config
 from ..numerics.blocks import Block
 from ..numerics.elements import ElementFormat
 from ..numerics.keys import key_words
 from ..numerics.noise import Noise
 from ..numerics.primitives import wrap_int32
+from ..settings.arguments import DEFAULTS
 from ..settings.weight_settings import ScaleSetting
 from .eager import sample_eager
 from .sample_weight import DTYPES

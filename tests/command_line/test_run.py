@@ -335,7 +335,7 @@ def test_wrong_command_lines(arguments, message, capsys, monkeypatch):
 
 def test_help_is_made_from_the_settings(capsys):
     from gws_compile.command_line import cli
-    from gws_compile.config import SETTINGS
+    from gws_compile.settings.arguments import SETTINGS
 
     with pytest.raises(SystemExit):
         cli.main(["run", "--help"])

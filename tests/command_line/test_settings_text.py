@@ -10,7 +10,8 @@ from gws_compile.passes import SKIP_VARIABLE
 import gws_compile
 from gws_compile import AttentionOperands, LearnedBits, Operand, Schedule
 from gws_compile.command_line.settings_text import NAMES, from_environment, from_file, read, variable
-from gws_compile.config import SETTINGS, Config
+from gws_compile.config import Config
+from gws_compile.settings.arguments import SETTINGS
 
 
 @pytest.mark.parametrize(

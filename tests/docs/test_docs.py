@@ -23,7 +23,8 @@ import gws_compile
 from gws_compile.command_line.cli import COMMANDS
 from gws_compile.command_line.options import Parser, text_of
 from gws_compile.command_line.settings_text import CONFIG_VARIABLE, NAMES, checked, from_file, variable
-from gws_compile.config import SETTINGS, Config
+from gws_compile.config import Config
+from gws_compile.settings.arguments import SETTINGS
 from gws_compile.torch_internals import compilers
 
 LISTED = torch.__version__.startswith("2.13.")  # AOTAutograd's listings differ from version to version
