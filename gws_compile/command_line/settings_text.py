@@ -1,8 +1,8 @@
 """Settings as text: the arguments of `gws_compile.backend` from the environment and from a TOML file.
 
 The settings are those of `gws_compile.settings.arguments.SETTINGS`: what is added there is a variable, an option and a
-key of the file at once. One that is text (``GWS_BITS=5``, ``--bits 5``) is read by `read`; what a value may be is decided
-by `Config.make` alone.
+key of the file at once. One that is text (``GWS_BITS=5``, ``--bits 5``) is read by `read`; what a value may be is
+decided by `Config.make` alone.
 """
 
 from __future__ import annotations
