@@ -19,13 +19,15 @@ def adamw(model: torch.nn.Module, lr: float) -> torch.optim.AdamW:
     )
 
 
-def learning_rate_schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """A linear warm-up over a tenth of the steps, then half a cosine down to a tenth of the rate."""
-    warm_up = max(1, steps // 10)
+def learning_rate_schedule(
+    optimizer: torch.optim.Optimizer, steps: int, warm_up: float = 0.1
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """A linear warm-up over a share of the steps, then half a cosine down to a tenth of the rate."""
+    rising = max(1, int(steps * warm_up))
 
     def share(step: int) -> float:
-        if step < warm_up:
-            return (step + 1) / warm_up
-        return 0.55 + 0.45 * math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))
+        if step < rising:
+            return (step + 1) / rising
+        return 0.55 + 0.45 * math.cos(math.pi * (step - rising) / max(1, steps - rising))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, share)

@@ -8,13 +8,14 @@ of `ops`, with an eager kernel there and Inductor's code in `codegen`; what it c
 `numerics`: formats, scales, noise, casts, keys. The compiled graph is called: what the call needs comes from
 `runtime` (names and keys of weights, the clock of the draws) and `learned_bits` (trained widths). Seeing: `report`
 has records and tables, metrics, histograms and the page. Leaving: `deploy` writes checkpoints that engines load.
-Running: `command_line` is ``gws run``, ``gws explain`` and ``gws export``; `integrations` serve other packages'
+Running: `command_line` is ``gws run``, ``gws explain``, ``gws export`` and ``gws compare``, whose room is `comparison`; `integrations` serve other packages'
 trainers.
 
 The layers, from above; each imports only from those below it:
 
     api, integrations       the public functions; what other packages' trainers use
     command_line            programs, settings as text, the backend by name
+    comparison              the same training under several settings
     compiler                the protocol of torch.compile
     deploy                  what comes out: files of low-bit weights
     report                  what was rewritten and what was not
@@ -38,6 +39,9 @@ The layers, from above; each imports only from those below it:
 from .api import backend, explain
 from .command_line.named_backend import named_backend
 from .compiler.backend import Backend
+from .comparison.comparing import compare
+from .comparison.intervals import Interval
+from .comparison.summary import Comparison, Row
 from .deploy.export_report import ExportedWeight, ExportReport
 from .deploy.manifest import load_export
 from .deploy.slicing import slice_pruned
@@ -70,6 +74,7 @@ __all__ = [
     "AttentionOperands",
     "Backend",
     "BitsSummary",
+    "Comparison",
     "ExportReport",
     "ExportedWeight",
     "FloatFormat",
@@ -77,6 +82,7 @@ __all__ = [
     "GraphRecord",
     "GwsWarning",
     "IntFormat",
+    "Interval",
     "LearnedBits",
     "Levels",
     "Metrics",
@@ -87,10 +93,12 @@ __all__ = [
     "ReadRecord",
     "Recipe",
     "Report",
+    "Row",
     "Schedule",
     "WeightMetrics",
     "WeightRecord",
     "backend",
+    "compare",
     "edge_blocks",
     "explain",
     "load_export",

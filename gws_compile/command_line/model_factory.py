@@ -55,7 +55,7 @@ def build(factory: str, inputs: Sequence[str]) -> ExampleCall:
         ValueError: a bad input.
     """
     given = [example_tensor(text) for text in inputs]
-    module, function = _find(factory)
+    module, function = find_function(factory)
     call = _as_call(factory, function())
     if given:
         args = tuple(value for name, value in given if name is None)
@@ -92,7 +92,12 @@ def example_tensor(text: str) -> tuple[str | None, torch.Tensor]:
     return match["name"], torch.randint(0, int(match["limit"] or 2), shape, generator=generator).to(dtype)
 
 
-def _find(factory: str) -> tuple[ModuleType, Callable[[], Any]]:
+def find_function(factory: str) -> tuple[ModuleType, Callable[..., Any]]:
+    """The module and the function that ``package.module:function`` or ``path/to/file.py:function`` names.
+
+    Raises:
+        BadFactoryError: there is none.
+    """
     place, _, name = factory.rpartition(":")
     if not place or not name.isidentifier():
         raise BadFactoryError(

@@ -52,7 +52,12 @@ class Diagnostics:
         config: the settings.
         slots: the weights that graphs were called with, and those of their models.
         find_given: finds the modules that the backend was given to, so that graphs are to be expected of them.
+
+    Attributes:
+        training_is_plain: training is not to go through rewritten graphs, so there is nothing to say if it does not.
     """
+
+    training_is_plain = False
 
     def __init__(
         self, config: Config, slots: WeightSlots, find_given: Callable[[], GivenModules] = GivenModules
@@ -119,6 +124,8 @@ class Diagnostics:
         Of several optimizers each is looked at: one that steps inside backward may have taken the gradients of its
         parameters away when the next one steps.
         """
+        if self.training_is_plain:
+            return
         if self._rounds.begins_with(optimizer):
             if self._steps % MANY_STEPS == 0 and (not self._steps or not self._any_parameters):
                 self._look_for_given_modules()  # among all objects: now and then

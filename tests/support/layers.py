@@ -20,6 +20,7 @@ LAYERS: Sequence[frozenset[str]] = [
     frozenset({"__init__", "api", "__main__"}),
     frozenset({"integrations"}),
     frozenset({"command_line"}),
+    frozenset({"comparison"}),
     frozenset({"compiler"}),
     frozenset({"deploy"}),
     frozenset({"report"}),

@@ -1,0 +1,145 @@
+"""``gws compare``: the same training from the same seeds under several settings."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..comparison.compared_settings import DEFAULT_METHODS, METHODS
+from ..comparison.comparing import DEFAULT_FOLDER, DEFAULT_FORMATS, DEFAULT_SEEDS, compare
+from ..comparison.summary import Comparison
+from .compared_settings_file import own_from_file
+from .model_factory import BadFactoryError, find_function
+from .options import UsageError
+
+_DESCRIPTION = """\
+Train the same model from the same seeds under several settings: plain, cast afterwards, straight-through, with noise,
+and others; and write a table of means with 95 % intervals, paired by seed, plots, and JSON. A comparison that was
+stopped goes on where it was, and several processes may work on one.
+"""
+
+_EPILOG = """\
+What is trained is MODULE:FUNCTION, package.module:function or path/to/file.py:function, which is called as
+function(backend, seed, key=value, ...) and returns (model, evaluate); gws_compile.compare says more.
+
+examples:
+  gws compare --fmts fp8_e4m3,fp4_e2m1,int3 examples/compare_models.py:llama steps=300
+  gws compare --methods rounded-normal --settings own.toml --seeds 5 train.py:train lr=0.001
+"""
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to the parsers of ``gws``."""
+    parser = commands.add_parser(
+        "compare",
+        help="train one model under several settings, and compare what comes of it",
+        usage="gws compare [options] MODULE:FUNCTION [key=value ...]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--fmts", metavar="NAMES", default=",".join(DEFAULT_FORMATS), help="formats, by commas (%(default)s)")
+    add(
+        "--methods",
+        metavar="NAMES",
+        default=",".join(DEFAULT_METHODS),
+        help=f"of {', '.join(METHODS)}, by commas (%(default)s)",
+    )
+    add("--recipes", metavar="NAMES", default="", help="recipes to train with too, by commas")
+    add(
+        "--settings",
+        metavar="FILE.toml",
+        help="settings of your own: a table for each, with the arguments of backend()",
+    )
+    add("--presets", metavar="NAMES", help="formats that the weights of every run are cast to at the end (--fmts)")
+    add("--seeds", metavar="N", default=str(DEFAULT_SEEDS), help="how many, or which, by commas (%(default)s)")
+    add("--include", metavar="GLOBS", help="only weights that match, in all settings")
+    add("--exclude", metavar="GLOBS", help="weights that are left alone in all settings")
+    add("--inner", metavar="COMPILER", help="inductor, aot_eager or eager, in all settings")
+    add("--out", metavar="DIR", default=DEFAULT_FOLDER, help="folder of the runs and results (%(default)s)")
+    add("--no-plots", action="store_true", help="draw nothing")
+    add("what", metavar="MODULE:FUNCTION", help="what is trained")
+    add("arguments", metavar="...", nargs=argparse.REMAINDER, help="its arguments")
+    parser.set_defaults(function=run)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Compare.
+
+    Returns:
+        0; 1 where a run failed.
+
+    Raises:
+        UsageError: a bad setting, an unknown function, or a folder with runs of another comparison.
+    """
+    try:
+        comparison = _of_function(parsed)
+    except (ValueError, OSError, BadFactoryError) as error:
+        raise UsageError(str(error)) from None
+    sys.stdout.write(f"{comparison}\n\nThe runs, comparison.json and comparison.md are in {parsed.out}\n")
+    if not parsed.no_plots:
+        _plot(comparison, Path(parsed.out))
+    return 1 if any(row.failed for row in comparison.rows) else 0
+
+
+def _of_function(parsed: argparse.Namespace) -> Comparison:
+    _, train = find_function(parsed.what)
+    return compare(
+        train,
+        fmts=_names(parsed.fmts),
+        methods=_names(parsed.methods),
+        recipes=_names(parsed.recipes),
+        settings={} if parsed.settings is None else own_from_file(parsed.settings),
+        presets=None if parsed.presets is None else _names(parsed.presets),
+        seeds=_seeds(parsed.seeds),
+        training=_keywords(parsed.arguments),
+        common=_common(parsed),
+        out=parsed.out,
+    )
+
+
+def _common(parsed: argparse.Namespace) -> dict[str, Any]:
+    given = {"include": parsed.include, "exclude": parsed.exclude}
+    found: dict[str, Any] = {name: tuple(_names(text)) for name, text in given.items() if text is not None}
+    return found if parsed.inner is None else {**found, "inner": parsed.inner}
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _seeds(text: str) -> int | list[int]:
+    parts = _names(text)
+    if not all(part.isdecimal() for part in parts):
+        raise UsageError(f"--seeds {text}: accepted are how many, such as 3, or which, such as 0,1,7")
+    return [int(part) for part in parts] if "," in text else int(text or 0)
+
+
+def _keywords(arguments: Sequence[str]) -> dict[str, Any]:
+    """``steps=300`` as a keyword argument; a value that is JSON is what it says, any other is text."""
+    found = {}
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageError(f"{argument}: accepted are arguments of the function as key=value, such as steps=300")
+        try:
+            found[name] = json.loads(text)
+        except json.JSONDecodeError:
+            found[name] = text
+    return found
+
+
+def _plot(comparison: Comparison, folder: Path) -> None:
+    try:
+        files = comparison.plot(folder)
+    except ImportError as error:
+        sys.stderr.write(f"gws compare: no plots: {error}\n")
+        return
+    for file in files:
+        sys.stdout.write(f"The picture is {file}\n")

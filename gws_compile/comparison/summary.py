@@ -1,0 +1,282 @@
+"""What a comparison found: rows over seeds, tables, JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from .compared_settings import PLAIN, ComparedSetting
+from .intervals import Interval
+from .plots import plot_losses, plot_robustness
+
+UNCAST = "uncast"
+"""The column of the weights as they are."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A setting over its seeds. Losses are means with 95 % intervals; differences are taken seed by seed.
+
+    Attributes:
+        name: of the setting.
+        method: its method, see `ComparedSetting`.
+        grid: label of what its weights are cast to; empty where that is no fixed grid.
+        trained: loss with the noise of training; None where it was not measured.
+        deployed: loss of the weights as they are deployed: cast, without noise.
+        minus_plain: ``deployed`` less that of plain training (with the same further training arguments, where there is
+            such a row).
+        minus_cast: ``deployed`` less that of plain training whose weights are cast to the same grid afterwards.
+        casts: losses of these weights cast to other grids, by label; ``"uncast"`` for the weights as they are.
+        distances: how far the weights lie from grids, see `Grids.cast_to`.
+        average_bits: bit width over the elements of the weights that are cast; None for plain training.
+        bytes: of these weights; None where unknown.
+        figures: further numbers of the training function.
+        seeds: how many runs the losses are of.
+        diverged: how many more ended with a loss that is no number.
+        failed: messages of runs that raised.
+    """
+
+    name: str
+    method: str
+    grid: str
+    trained: Interval | None
+    deployed: Interval | None
+    minus_plain: Interval | None
+    minus_cast: Interval | None
+    casts: Mapping[str, Interval]
+    distances: Mapping[str, Interval]
+    average_bits: float | None
+    bytes: float | None
+    figures: Mapping[str, Interval]
+    seeds: int
+    diverged: int = 0
+    failed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of `gws_compile.compare`; ``print(comparison)`` shows its tables.
+
+    Attributes:
+        rows: a row for each setting.
+        runs: every run, as in its file.
+        presets: labels of the grids that the weights of every row were cast to.
+    """
+
+    rows: tuple[Row, ...]
+    runs: tuple[Mapping[str, Any], ...]
+    presets: tuple[str, ...]
+
+    def __getitem__(self, name: str) -> Row:
+        """The row of a setting.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"{name!r}; there are: {', '.join(row.name for row in self.rows)}")
+
+    def table(self) -> str:
+        """The losses in Markdown."""
+        return _markdown(
+            [
+                (
+                    row.name,
+                    _text(row.trained),
+                    _text(row.deployed),
+                    "" if row.method == PLAIN and row.minus_plain is None else _text(row.minus_plain, sign=True),
+                    "" if row.method == "cast-afterwards" else _text(row.minus_cast, sign=True),
+                    "" if row.average_bits is None else f"{row.average_bits:.2f}",
+                    "" if row.bytes is None else f"{row.bytes / 1024:,.0f}",
+                    _remark(row),
+                )
+                for row in self.rows
+            ],
+            ("setting", "trained form", "deployed form", "- plain", "- cast afterwards", "average b", "KiB", "runs"),
+        )
+
+    def robustness_table(self) -> str:
+        """What casting the weights of each row to each of the presets does to its loss, in Markdown.
+
+        Each cell is the loss behind the cast less that of plain training without any, seed by seed.
+        """
+        return _markdown(
+            [
+                (row.name, *(_text(row.casts.get(label), sign=True) for label in (UNCAST, *self.presets)))
+                for row in self.rows
+                if row.casts
+            ],
+            ("weights of", UNCAST, *self.presets),
+        )
+
+    def figures_table(self) -> str:
+        """The distance of the weights from their own grid, and the further numbers of the training function."""
+        names = list(dict.fromkeys(name for row in self.rows for name in row.figures))
+        return _markdown(
+            [
+                (
+                    row.name,
+                    _text(row.distances.get(row.grid)),
+                    *(_significant(row.figures.get(name)) for name in names),
+                )
+                for row in self.rows
+                if row.distances or row.figures
+            ],
+            ("setting", "distance from its grid", *names),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Rows and runs for JSON; `gws_compile.ScalingLaw.fit` reads the runs."""
+        return {"presets": list(self.presets), "rows": [asdict(row) for row in self.rows], "runs": list(self.runs)}
+
+    def plot(self, folder: str | Path) -> list[Path]:
+        """Draw ``losses.png`` (deployed loss by format and method) and ``robustness.png`` (loss by preset).
+
+        Returns:
+            The files.
+
+        Raises:
+            ImportError: matplotlib is missing.
+        """
+        folder = Path(folder)
+        return [
+            *plot_losses(folder / "losses.png", self.rows),
+            *plot_robustness(folder / "robustness.png", self.rows, (UNCAST, *self.presets)),
+        ]
+
+    def __str__(self) -> str:
+        parts = [self.table()]
+        if any(row.casts for row in self.rows):
+            parts.append(
+                f"Loss of the weights cast to each preset, less that of plain training:\n\n{self.robustness_table()}"
+            )
+        if any(row.distances or row.figures for row in self.rows):
+            parts.append(self.figures_table())
+        parts.append("Means over seeds ± half of the 95 % interval (Student's t); differences are paired by seed.")
+        return "\n\n".join(parts)
+
+    __repr__ = __str__
+
+
+def summarize(
+    settings: Sequence[ComparedSetting], runs: Sequence[Mapping[str, Any]], presets: Sequence[str]
+) -> Comparison:
+    """Rows from runs.
+
+    Args:
+        settings: in the order of the rows.
+        runs: as `RunFolder.read` gives them; those that failed have ``failed``, a message.
+        presets: labels of the grids that all rows are measured on.
+    """
+    return Comparison(tuple(_rows(settings, runs, tuple(presets))), tuple(runs), tuple(presets))
+
+
+def _rows(
+    settings: Sequence[ComparedSetting], runs: Sequence[Mapping[str, Any]], presets: tuple[str, ...]
+) -> Iterator[Row]:
+    plain_of = {_key(one.training): one for one in reversed(settings) if one.method == PLAIN}
+    for setting in settings:
+        base = plain_of.get(_key(setting.training)) or plain_of.get(_key({}))
+        plain = {} if base is None else {r["seed"]: r for r in _of(base, runs)}
+        from_plain = setting.method == "cast-afterwards" and not _of(setting, runs)
+        mine = _of(base, runs) if from_plain and base is not None else _of(setting, runs)
+        yield _row(setting, mine, plain, presets, from_plain=from_plain, is_base=setting is base)
+
+
+def _row(
+    setting: ComparedSetting,
+    mine: Sequence[Mapping[str, Any]],
+    plain: Mapping[int, Mapping[str, Any]],
+    presets: tuple[str, ...],
+    *,
+    from_plain: bool,
+    is_base: bool,
+) -> Row:
+    grid = "" if setting.method == PLAIN else setting.grid
+    failed = tuple(f"seed {run['seed']}: {run['failed']}" for run in mine if run.get("failed"))
+    ended = [run for run in mine if not run.get("failed")]
+    # Of a cast afterwards the loss is that of the plain run, cast.
+    deployed = {run["seed"]: _cast(run, grid) if from_plain else run.get("deployed") for run in ended}
+    good = {seed: loss for seed, loss in deployed.items() if loss is not None}
+
+    def minus(base: Mapping[int, Mapping[str, Any]], value: Any) -> Interval | None:
+        both = [(loss, value(base[seed])) for seed, loss in good.items() if seed in base]
+        return Interval.of([loss - other for loss, other in both if other is not None])
+
+    of_plain = (lambda run: run.get("uncast")) if from_plain else (lambda run: run.get("deployed"))
+    casts = {}
+    for label in (UNCAST, *presets):
+        pairs = [(_cast(run, label), (plain.get(run["seed"]) or {}).get(UNCAST)) for run in ended]
+        found = Interval.of([loss - base for loss, base in pairs if loss is not None and base is not None])
+        if found is not None and not from_plain:
+            casts[label] = found
+    widths = [run["average_bits"] for run in ended if run.get("average_bits") is not None]
+    sizes = [run.get("cast_bytes", {}).get(grid) if from_plain else run.get("bytes") for run in ended]
+    return Row(
+        name=setting.name,
+        method=setting.method,
+        grid=grid,
+        trained=None if from_plain else Interval.of([r["trained"] for r in ended if r.get("trained") is not None]),
+        deployed=Interval.of(list(good.values())),
+        minus_plain=None if is_base else minus(plain, of_plain),
+        minus_cast=minus(plain, lambda run: _cast(run, grid)) if grid and not from_plain else None,
+        casts=casts,
+        distances=_means(ended, "distances"),
+        average_bits=sum(widths) / len(widths) if widths else None,
+        bytes=_mean([size for size in sizes if size is not None]),
+        figures={} if from_plain else _means(ended, "figures"),
+        seeds=len(good),
+        diverged=len(ended) - len(good),
+        failed=failed,
+    )
+
+
+def _of(setting: ComparedSetting, runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [run for run in runs if run["setting"] == setting.name]
+
+
+def _cast(run: Mapping[str, Any], label: str) -> float | None:
+    value = run.get(UNCAST) if label == UNCAST else run.get("casts", {}).get(label)
+    return None if value is None else float(value)
+
+
+def _means(runs: Sequence[Mapping[str, Any]], key: str) -> dict[str, Interval]:
+    names = dict.fromkeys(name for run in runs for name in run.get(key, {}))
+    found = {name: [run[key][name] for run in runs if run.get(key, {}).get(name) is not None] for name in names}
+    return {name: interval for name, values in found.items() if (interval := Interval.of(values)) is not None}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
+def _key(training: Mapping[str, Any]) -> str:
+    return repr(sorted(training.items()))
+
+
+def _remark(row: Row) -> str:
+    parts = [str(row.seeds)]
+    if row.diverged:
+        parts.append(f"{row.diverged} diverged")
+    if row.failed:
+        parts.append(f"{len(row.failed)} failed")
+    return ", ".join(parts)
+
+
+def _text(value: Interval | None, *, sign: bool = False) -> str:
+    return "" if value is None else value.text(sign=sign)
+
+
+def _significant(value: Interval | None) -> str:
+    return "" if value is None else f"{value.mean:.4g}"
+
+
+def _markdown(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
+    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
