@@ -8,8 +8,8 @@ of `ops`, with an eager kernel there and Inductor's code in `codegen`; what it c
 `numerics`: formats, scales, noise, casts, keys. The compiled graph is called: what the call needs comes from
 `runtime` (names and keys of weights, the clock of the draws) and `learned_bits` (trained widths). Seeing: `report`
 has records and tables, metrics, histograms and the page. Leaving: `deploy` writes checkpoints that engines load.
-Running: `command_line` is ``gws run``, ``gws explain``, ``gws export`` and ``gws compare``, whose room is `comparison`; `integrations` serve other packages'
-trainers.
+Running: `command_line` is ``gws run``, ``gws explain``, ``gws export`` and ``gws compare``; what that compares is the
+work of `comparison`; `integrations` serve other packages' trainers.
 
 The layers, from above; each imports only from those below it:
 
@@ -38,10 +38,10 @@ The layers, from above; each imports only from those below it:
 
 from .api import backend, explain
 from .command_line.named_backend import named_backend
-from .compiler.backend import Backend
 from .comparison.comparing import compare
 from .comparison.intervals import Interval
 from .comparison.summary import Comparison, Row
+from .compiler.backend import Backend
 from .deploy.export_report import ExportedWeight, ExportReport
 from .deploy.manifest import load_export
 from .deploy.slicing import slice_pruned

@@ -9,9 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..comparison.compared_settings import DEFAULT_METHODS, METHODS
-from ..comparison.comparing import DEFAULT_FOLDER, DEFAULT_FORMATS, DEFAULT_SEEDS, compare
-from ..comparison.summary import Comparison
+from ..comparison.compared_settings import DEFAULT_METHODS, METHODS, ComparedSetting
+from ..comparison.comparing import (
+    DEFAULT_FOLDER,
+    DEFAULT_FORMATS,
+    DEFAULT_SEEDS,
+    compare,
+    listed,
+    make_runs,
+    seeds_of,
+    write,
+)
+from ..comparison.run_folder import RunFolder
+from ..comparison.summary import Comparison, summarize
+from .compared_script import ComparedScript, NoLossError, check_training, warn_of_equal_seeds
 from .compared_settings_file import own_from_file
 from .model_factory import BadFactoryError, find_function
 from .options import UsageError
@@ -26,9 +37,15 @@ _EPILOG = """\
 What is trained is MODULE:FUNCTION, package.module:function or path/to/file.py:function, which is called as
 function(backend, seed, key=value, ...) and returns (model, evaluate); gws_compile.compare says more.
 
+Or it is a script, unmodified, which is run once for each setting and seed, as gws run does. It has to compile its model
+(or --auto does it), to evaluate with gradients disabled, to print the loss of that, and to draw its seed from the
+generators of torch, numpy and random, or from its arguments, in which {seed} stands for it. Its weights cannot be seen
+from outside: there is no loss with noise, and no cast to further formats.
+
 examples:
   gws compare --fmts fp8_e4m3,fp4_e2m1,int3 examples/compare_models.py:llama steps=300
   gws compare --methods rounded-normal --settings own.toml --seeds 5 train.py:train lr=0.001
+  gws compare --fmts fp4_e2m1,int3 --auto train.py --lr 3e-4 --seed {seed}
 """
 
 
@@ -37,7 +54,7 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "compare",
         help="train one model under several settings, and compare what comes of it",
-        usage="gws compare [options] MODULE:FUNCTION [key=value ...]",
+        usage="gws compare [options] (MODULE:FUNCTION [key=value ...] | SCRIPT [arguments] | -m MODULE [arguments])",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -64,7 +81,16 @@ def add_to(commands: Any) -> None:
     add("--inner", metavar="COMPILER", help="inductor, aot_eager or eager, in all settings")
     add("--out", metavar="DIR", default=DEFAULT_FOLDER, help="folder of the runs and results (%(default)s)")
     add("--no-plots", action="store_true", help="draw nothing")
-    add("what", metavar="MODULE:FUNCTION", help="what is trained")
+    script = parser.add_argument_group("of a script")
+    script.add_argument("-m", "--module", action="store_true", help="SCRIPT is the name of a module, as for python -m")
+    script.add_argument("--auto", action="store_true", help="compile what the script does not, as gws run --auto")
+    script.add_argument(
+        "--loss",
+        metavar="REGEX",
+        help="how it prints the loss: a regular expression with one group, of which the last match counts; by default "
+        "the last held-out loss (eval_loss, val loss, test loss, ...), else the last loss",
+    )
+    add("what", metavar="MODULE:FUNCTION | SCRIPT", help="what is trained")
     add("arguments", metavar="...", nargs=argparse.REMAINDER, help="its arguments")
     parser.set_defaults(function=run)
 
@@ -79,13 +105,41 @@ def run(parsed: argparse.Namespace) -> int:
         UsageError: a bad setting, an unknown function, or a folder with runs of another comparison.
     """
     try:
-        comparison = _of_function(parsed)
-    except (ValueError, OSError, BadFactoryError) as error:
+        comparison = _of_function(parsed) if _is_function(parsed) else _of_script(parsed)
+    except (ValueError, OSError, BadFactoryError, NoLossError) as error:
         raise UsageError(str(error)) from None
     sys.stdout.write(f"{comparison}\n\nThe runs, comparison.json and comparison.md are in {parsed.out}\n")
     if not parsed.no_plots:
         _plot(comparison, Path(parsed.out))
     return 1 if any(row.failed for row in comparison.rows) else 0
+
+
+def _is_function(parsed: argparse.Namespace) -> bool:
+    is_function = not parsed.module and ":" in parsed.what
+    given = [name for name in ("auto", "loss") if getattr(parsed, name)]
+    if is_function and given:
+        raise UsageError(f"--{given[0]} is of a script and has no effect on the function {parsed.what}")
+    if not is_function and parsed.presets is not None:
+        raise UsageError(
+            f"--presets has no effect on {parsed.what}: the weights of a script cannot be seen, those of a training "
+            "function can"
+        )
+    return is_function
+
+
+def _of_script(parsed: argparse.Namespace) -> Comparison:
+    script = ComparedScript(parsed.what, tuple(parsed.arguments), parsed.module, parsed.auto, parsed.loss)
+    own = {} if parsed.settings is None else own_from_file(parsed.settings)
+    made = listed(_names(parsed.fmts), _names(parsed.methods), _names(parsed.recipes), own, _common(parsed))
+    check_training(made)
+    folder = RunFolder(Path(parsed.out), script.identity)
+
+    def one(setting: ComparedSetting, seed: int) -> dict[str, Any]:
+        return script.run(setting, seed, folder)
+
+    runs = make_runs(made, seeds_of(_seeds(parsed.seeds)), folder, one, lambda setting: (), progress=True)
+    warn_of_equal_seeds(runs)
+    return write(folder, summarize(made, runs, ()))
 
 
 def _of_function(parsed: argparse.Namespace) -> Comparison:

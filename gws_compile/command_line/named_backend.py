@@ -55,12 +55,13 @@ def _settings(options: Mapping[str, Any] | None) -> dict[str, Any]:
     return {name: value for name, value in (options or {}).items() if name in NAMES}
 
 
-def named_backend(**settings: Any) -> Backend:
+def named_backend(*, kind: type[Backend] = Backend, **settings: Any) -> Backend:
     """The backend behind the name ``"gws"``: for its `Backend.report`, `Backend.step` and the rest.
 
     There is one for each different configuration, for the whole process, made on first use.
 
     Args:
+        kind: what it is where there is none yet; ``gws run --cast-afterwards`` says it.
         **settings: the arguments of `gws_compile.backend`, as in ``options``. What is not given comes from the
             environment: ``GWS_FMT``, ``GWS_BITS`` and so on, or the TOML file that ``GWS_CONFIG`` names.
 
@@ -69,7 +70,7 @@ def named_backend(**settings: Any) -> Backend:
     """
     config = Config.make(**{**from_environment(), **settings})
     if config not in _backends:
-        _backends[config] = Backend(config)
+        _backends[config] = kind(config)
     return _backends[config]
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import random
 from pathlib import Path
 from typing import Any
+
+import numpy
+import torch
 
 from .main_program import NotFoundError, run_module, run_script
 from .options import UsageError, add_settings, export_settings
@@ -56,6 +60,21 @@ def add_to(commands: Any) -> None:
         metavar="FILE",
         help="go on with the noise where the last run with this file has ended, and leave it there at the end",
     )
+    parser.add_argument(
+        "--random-seed",
+        metavar="N",
+        type=int,
+        help="seed the generators of torch, numpy and random before the script begins (--seed is that of the noise)",
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument(
+        "--cast-afterwards",
+        action="store_true",
+        help="train as the script does, and cast weights in calls with gradients disabled alone: what casting costs",
+    )
+    form.add_argument(
+        "--plain", action="store_true", help="leave everything as the script has it: the run to compare others with"
+    )
     parser.add_argument("script", metavar="SCRIPT", help="the program to run")
     parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="its own arguments")
     add_settings(parser)
@@ -73,21 +92,37 @@ def run(parsed: argparse.Namespace) -> int:
     """
     export_settings(parsed)
     report, state = _file_of("--report", parsed.report), _file_of("--state", parsed.state)
+    session = None
+    if not parsed.plain:
+        try:
+            session = RunSession(RunOptions(parsed.script, parsed.auto, report, state, parsed.cast_afterwards))
+        except ValueError as error:  # of the state, or settings that are good one by one, but not together
+            raise UsageError(str(error)) from None
+        session.start()
+        atexit.register(session.finish)  # behind the program's threads and its own exit handlers
+    elif needless := [name for name in ("auto", "report", "state") if getattr(parsed, name)]:
+        raise UsageError(f"--plain leaves the script alone: --{needless[0]} has no effect beside it")
     try:
-        session = RunSession(RunOptions(parsed.script, parsed.auto, report, state))
-    except ValueError as error:  # of the state, or settings that are good one by one, but not together
-        raise UsageError(str(error)) from None
-    session.start()
-    atexit.register(session.finish)  # behind the program's threads and its own exit handlers
-    try:
+        if parsed.random_seed is not None:
+            _seed(parsed.random_seed)
         (run_module if parsed.module else run_script)(parsed.script, parsed.arguments)
     except NotFoundError as error:
-        atexit.unregister(session.finish)
+        if session is not None:
+            atexit.unregister(session.finish)
         raise UsageError(str(error)) from None
     except BaseException as error:
-        session.ended_by(error)
+        if session is not None:
+            session.ended_by(error)
         raise
     return 0
+
+
+def _seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"--random-seed {seed}: accepted are 0 to 2**32 - 1, what numpy takes")
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def _file_of(option: str, path: str | None) -> str | None:

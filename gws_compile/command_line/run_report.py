@@ -57,8 +57,11 @@ class RunReport:
         ending: how the script ended, if not well.
     """
 
-    def __init__(self, calls: CompileCalls, *, script: str, auto: bool, file: str | None) -> None:
+    def __init__(
+        self, calls: CompileCalls, *, script: str, auto: bool, file: str | None, trains_plain: bool = False
+    ) -> None:
         self.calls = calls
+        self._trains_plain = trains_plain
         self.ending: Ending | None = None
         self._script = script
         self._auto = auto
@@ -97,7 +100,7 @@ class RunReport:
         records = [record for one in reports for record in without_updates(one)]
         products = [product for one in reports for product in one.products]
         report = Report(records, next((r.bits for r in reports if r.bits), None), products=products)
-        plain = self._watch.told()
+        plain = [] if self._trains_plain else self._watch.told()
         header = f"gws run: {self.header()}"
         if not report.rewritten:
             header += f"\n\n{_framed(self.nothing(report), *plain)}"
@@ -152,6 +155,12 @@ class RunReport:
 
     def nothing(self, report: Report) -> str:
         """Why nothing was rewritten, and what to do."""
+        if self._trains_plain and not len(report):
+            return (
+                "NO WEIGHT WAS CAST: with --cast-afterwards weights are cast in compiled calls with gradients\n"
+                "disabled, and there was none. Evaluate under torch.no_grad(); a model that the script does not\n"
+                "compile needs --auto."
+            )
         if len(report):
             why = "Every weight that was seen was left alone; the table says why."
         elif self.calls.taken:

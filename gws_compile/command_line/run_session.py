@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from ..compiler.backend import Backend
+from ..compiler.cast_afterwards import CastAfterwards
 from .auto_compile import AutoCompile
 from .named_backend import named_backend
 from .run_report import Ending, RunReport
@@ -31,12 +32,14 @@ class RunOptions:
         auto: compile what the script does not.
         file: takes the report.
         state: the file that carries the draws from run to run.
+        cast_afterwards: training stays as it is, see `gws_compile.compiler.cast_afterwards.CastAfterwards`.
     """
 
     script: str
     auto: bool = False
     file: str | None = None
     state: str | None = None
+    cast_afterwards: bool = False
 
 
 class RunSession:
@@ -56,14 +59,20 @@ class RunSession:
         self._options = options
         self._process = os.getpid()
         self.calls = calls = CompileCalls()
-        backend = named_backend()
+        backend = named_backend(kind=CastAfterwards if options.cast_afterwards else Backend)
         self._state = None if options.state is None else StateFile(options.state)
         if self._state is not None:
             self._state.give(backend)
         self._patch = TorchCompilePatch(backend, calls, self._meet)
         self._auto = AutoCompile(self._patch) if options.auto else None
         self._preparation: Callable[..., dict[str, Any]] = multiprocessing.spawn.get_preparation_data
-        self._report = RunReport(calls, script=options.script, auto=options.auto, file=options.file)
+        self._report = RunReport(
+            calls,
+            script=options.script,
+            auto=options.auto,
+            file=options.file,
+            trains_plain=options.cast_afterwards,
+        )
 
     def _meet(self, backend: Backend) -> None:
         if self._state is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import platform
 import sys
 import time
@@ -80,7 +82,8 @@ def compare(
     made = listed(fmts, methods, recipes, settings, common)
     grids = {one.grid: one.config for one in made if one.grid and one.method != PLAIN}
     wanted = {grid_label(config): config for config in _presets(fmts if presets is None else presets, common)}
-    folder = RunFolder(Path(out), {"of": _name(train), "training": {k: repr(v) for k, v in training.items()}})
+    identity = {"of": _name(train), "training": {k: repr(v) for k, v in training.items()}, "source": _digest(train)}
+    folder = RunFolder(Path(out), identity)
 
     def casts_of(setting: ComparedSetting) -> dict[str, Config]:
         own = grids if setting.method == PLAIN else {setting.grid: setting.config} if setting.grid else {}
@@ -187,7 +190,7 @@ def _guarded(run: Run, setting: ComparedSetting, seed: int) -> Mapping[str, Any]
     try:
         return run(setting, seed)
     except Exception as error:
-        if setting.trains_plain or isinstance(error, TypeError):
+        if setting.method == PLAIN or isinstance(error, TypeError):
             raise
         traceback.print_exc(file=sys.stderr)
         return {"failed": f"{type(error).__name__}: {error}"}
@@ -202,11 +205,21 @@ def _described(setting: ComparedSetting) -> dict[str, Any]:
     """What else is known of a run: its format as the scaling law takes it, and versions."""
     weights = setting.config.weights
     rows, columns = weights.block
+    fmt = "learned" if weights.learned else weights.fmt.name
     return {
-        "fmt": None if setting.method == PLAIN else weights.fmt.name,
+        "fmt": None if setting.method == PLAIN else fmt,
         "block": None if rows is None or columns is None else rows * columns,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
+
+
+def _digest(train: TrainingFunction) -> str:
+    """Of the file that has the training function, so that runs of another state of it are not mixed with these."""
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(train))
+        return "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+    except (TypeError, OSError):  # made by a call, or typed into an interpreter
+        return ""
 
 
 def _name(train: TrainingFunction) -> str:

@@ -91,8 +91,8 @@ class Comparison:
                     row.name,
                     _text(row.trained),
                     _text(row.deployed),
-                    "" if row.method == PLAIN and row.minus_plain is None else _text(row.minus_plain, sign=True),
-                    "" if row.method == "cast-afterwards" else _text(row.minus_cast, sign=True),
+                    _text(row.minus_plain, sign=True),
+                    _text(row.minus_cast, sign=True),
                     "" if row.average_bits is None else f"{row.average_bits:.2f}",
                     "" if row.bytes is None else f"{row.bytes / 1024:,.0f}",
                     _remark(row),
@@ -182,18 +182,25 @@ def _rows(
     settings: Sequence[ComparedSetting], runs: Sequence[Mapping[str, Any]], presets: tuple[str, ...]
 ) -> Iterator[Row]:
     plain_of = {_key(one.training): one for one in reversed(settings) if one.method == PLAIN}
+    # Of scripts casts are runs of their own.
+    own_casts = {(one.grid, _key(one.training)): _of(one, runs) for one in settings if one.method == "cast-afterwards"}
     for setting in settings:
         base = plain_of.get(_key(setting.training)) or plain_of.get(_key({}))
         plain = {} if base is None else {r["seed"]: r for r in _of(base, runs)}
         from_plain = setting.method == "cast-afterwards" and not _of(setting, runs)
         mine = _of(base, runs) if from_plain and base is not None else _of(setting, runs)
-        yield _row(setting, mine, plain, presets, from_plain=from_plain, is_base=setting is base)
+        afterwards = {seed: _cast(run, setting.grid) for seed, run in plain.items()}
+        afterwards |= {
+            run["seed"]: run.get("deployed") for run in own_casts.get((setting.grid, _key(setting.training)), ())
+        }
+        yield _row(setting, mine, plain, afterwards, presets, from_plain=from_plain, is_base=setting is base)
 
 
 def _row(
     setting: ComparedSetting,
     mine: Sequence[Mapping[str, Any]],
     plain: Mapping[int, Mapping[str, Any]],
+    afterwards: Mapping[int, float | None],
     presets: tuple[str, ...],
     *,
     from_plain: bool,
@@ -206,11 +213,12 @@ def _row(
     deployed = {run["seed"]: _cast(run, grid) if from_plain else run.get("deployed") for run in ended}
     good = {seed: loss for seed, loss in deployed.items() if loss is not None}
 
-    def minus(base: Mapping[int, Mapping[str, Any]], value: Any) -> Interval | None:
-        both = [(loss, value(base[seed])) for seed, loss in good.items() if seed in base]
+    def minus(base: Mapping[int, float | None]) -> Interval | None:
+        both = [(loss, base.get(seed)) for seed, loss in good.items()]
         return Interval.of([loss - other for loss, other in both if other is not None])
 
-    of_plain = (lambda run: run.get("uncast")) if from_plain else (lambda run: run.get("deployed"))
+    form = UNCAST if from_plain else "deployed"  # eager calls beside eager ones, compiled beside compiled ones
+    of_plain = {seed: run.get(form) for seed, run in plain.items()}
     casts = {}
     for label in (UNCAST, *presets):
         pairs = [(_cast(run, label), (plain.get(run["seed"]) or {}).get(UNCAST)) for run in ended]
@@ -225,8 +233,8 @@ def _row(
         grid=grid,
         trained=None if from_plain else Interval.of([r["trained"] for r in ended if r.get("trained") is not None]),
         deployed=Interval.of(list(good.values())),
-        minus_plain=None if is_base else minus(plain, of_plain),
-        minus_cast=minus(plain, lambda run: _cast(run, grid)) if grid and not from_plain else None,
+        minus_plain=None if is_base else minus(of_plain),
+        minus_cast=minus(afterwards) if grid and setting.method != "cast-afterwards" else None,
         casts=casts,
         distances=_means(ended, "distances"),
         average_bits=sum(widths) / len(widths) if widths else None,

@@ -109,10 +109,12 @@ def train_and_measure(
     Returns:
         For JSON: ``trained``, the loss with the noise of one draw (None where it cannot be had); ``deployed``, the loss
         of the weights as they are cast, without noise (of plain training: as they are); ``uncast``, that of the weights
-        as they are; ``casts``, the loss by grid, and ``distances``, how far the weights lie from it, see
-        `Grids.cast_to`, and ``cast_bytes``, what they take there; ``average_bits`` and ``bytes`` of the weights that are cast; ``params``; ``seconds``;
-        ``figures``. Losses of compiled and of eager calls are told apart by what `Trained.loss` says; in float32 they
-        differ in the last digits, under bfloat16 autocast in the fourth.
+        as they are; ``casts``, the loss by grid, ``distances``, how far the weights lie from each, see
+        `Grids.cast_to`, and ``cast_bytes``, what they take there; ``average_bits`` and ``bytes`` of the weights that
+        are cast; ``params``; ``seconds``; ``figures``.
+
+        ``trained`` and ``deployed`` are losses of compiled calls, the others of eager ones: in float32 they differ in
+        the last digits, under bfloat16 autocast in the fourth.
     """
     torch.compiler.reset()  # the models of former runs would count as recompilations of this one's code
     backend = backend_of(setting, seed)
