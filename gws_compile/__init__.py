@@ -8,8 +8,8 @@ of `ops`, with an eager kernel there and Inductor's code in `codegen`; what it c
 `numerics`: formats, scales, noise, casts, keys. The compiled graph is called: what the call needs comes from
 `runtime` (names and keys of weights, the clock of the draws) and `learned_bits` (trained widths). Seeing: `report`
 has records and tables, metrics, histograms and the page. Leaving: `deploy` writes checkpoints that engines load.
-Running: `command_line` is ``gws run``, ``gws explain`` and ``gws export``; `integrations` serve other packages'
-trainers.
+Running: `command_line` is ``gws run``, ``gws explain``, ``gws export`` and ``gws advise``; `integrations` serve other
+packages' trainers. Before all of it: `advice` says by a scaling law what a format will cost.
 
 The layers, from above; each imports only from those below it:
 
@@ -27,6 +27,7 @@ The layers, from above; each imports only from those below it:
     levels                  the cast onto levels, and its operators
     config                  the settings of a backend
     recipes                 named recipes, a file each
+    advice                  the scaling law of formats, and fits of it
     settings                what they consist of: settings of a weight, rules, schedules, learned widths
     weight_names            qualified names of weights
     source_names            what Dynamo's sources say of a weight
@@ -35,6 +36,8 @@ The layers, from above; each imports only from those below it:
     warning                 the one category of warnings
 """
 
+from .advice.advise import Advice, advise
+from .advice.law import ScalingLaw
 from .api import backend, explain
 from .command_line.named_backend import named_backend
 from .compiler.backend import Backend
@@ -67,6 +70,7 @@ __all__ = [
     "FORMATS",
     "PRESETS",
     "RECIPES",
+    "Advice",
     "AttentionOperands",
     "Backend",
     "BitsSummary",
@@ -87,9 +91,11 @@ __all__ = [
     "ReadRecord",
     "Recipe",
     "Report",
+    "ScalingLaw",
     "Schedule",
     "WeightMetrics",
     "WeightRecord",
+    "advise",
     "backend",
     "edge_blocks",
     "explain",

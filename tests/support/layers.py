@@ -32,6 +32,7 @@ LAYERS: Sequence[frozenset[str]] = [
     frozenset({"levels"}),
     frozenset({"config"}),
     frozenset({"recipes"}),
+    frozenset({"advice"}),
     frozenset({"settings"}),
     frozenset({"source_names", "weight_names"}),
     frozenset({"numerics"}),
