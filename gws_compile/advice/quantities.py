@@ -40,8 +40,11 @@ def parse_quantity(name: str, text: str) -> float:
 
 
 def quantity(value: float) -> str:
-    """A number with its unit, in three digits: ``"1.3B"``, ``"1,730T"``."""
-    if value >= 1e16 or value < 1e3:
+    """A number with its unit, in three digits: ``"1.3B"``, ``"1,730T"``, and as it is below 10,000."""
+    if value < 1e4:
+        return f"{value:,.6g}"
+    value = float(f"{value:.3g}")
+    if value >= 1e16:
         return f"{value:.3g}"
     unit = max((unit for unit in _UNITS if _UNITS[unit] <= value), key=_UNITS.__getitem__)
     scaled = float(f"{value / _UNITS[unit]:.3g}")

@@ -17,8 +17,8 @@ from ..warning import GwsWarning
 from .options import UsageError
 
 _DESCRIPTION = """\
-Say what training in a float format costs, by the scaling law of floating-point quantization training (arXiv 2501.02423):
-the loss, what of it the format's precision adds, from how many tokens on more data would raise it, and the best
+Say what training in a float format costs, by the scaling law of floating-point quantization training (arXiv
+2501.02423): the loss, what of it the format adds, from how many tokens on more data would raise it, and the best
 precision. Nothing is trained or compiled. What the law was fitted to is printed with every answer.
 """
 
@@ -30,8 +30,8 @@ examples:
   gws advise --params 350M --tokens 10B --bits 6           every split of six bits
   gws advise --params 350M --tokens 10B --fit runs.json    a law fitted to runs of one's own
 
-runs.json is a list of objects, or an object that has it under "runs"; each has params, tokens and loss, fmt (null for no
-quantization) and block (128 where it is missing).
+runs.json is a list of objects, or an object that has it under "runs"; each has params, tokens and loss, fmt (null for
+no quantization) and block (128 where it is missing).
 """
 
 
