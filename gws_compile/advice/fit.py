@@ -22,15 +22,19 @@ SPARE_RUNS = 2
 _HELD_FIRST = ("delta", "nu", "alpha", "beta", "gamma", "n", "d", "eps")
 """Of coefficients that the runs cannot tell apart, the first of these is held: exponents are the least one's own."""
 
-_WIDEST = {"n": 1e8, "d": 1e8, "gamma": 1e8, "alpha": 100.0, "beta": 100.0, "delta": 100.0, "nu": 100.0, "eps": 100.0}
-"""By which factor an interval may span from end to end, and half of that (in logarithms) a value may have moved.
+_WIDEST = dict.fromkeys(("n", "d", "gamma"), 1e8) | dict.fromkeys(("alpha", "beta", "delta", "nu", "eps"), 1e2)
+"""By which factor an interval may span from end to end; a coefficient with a wider one is held."""
 
-A coefficient that goes beyond is held: the runs say too little of it.
-"""
+_FARTHEST = dict.fromkeys(("n", "d", "gamma"), 1e6) | dict.fromkeys(("alpha", "beta", "delta", "nu", "eps"), 20.0)
+"""By which factor a coefficient may leave the law that the fit begins with; it goes farther where its term is noise."""
+
+_TERMS = (("delta", "nu", "gamma"), ("alpha", "n"), ("beta", "d"), ("eps",))
+"""What stands in one term of the law, each in the order in which it is held."""
 
 _STARTS = 8
 _HUBER = 1.345  # of the spread: 95 % efficient with normal errors (Huber, Robust Statistics, 1981)
 _POOR = 0.02
+_LOST = 1e3  # the residual of a step beyond what float64 holds; a descent turns back
 
 
 @dataclass(frozen=True)
@@ -252,11 +256,11 @@ def _solve(optimize: Any, at: Points, losses: Array, start: Array, free: Sequenc
 
     def residuals(part: Array) -> Array:
         with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
-            return _residuals(np.exp(logs(part)), at, losses)
+            return np.nan_to_num(_residuals(np.exp(logs(part)), at, losses), nan=_LOST, posinf=_LOST, neginf=-_LOST)
 
     def jacobian(part: Array) -> Array:
         with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
-            return log_gradient(np.exp(logs(part)), at)[:, free]
+            return np.nan_to_num(log_gradient(np.exp(logs(part)), at)[:, free], nan=0.0, posinf=0.0, neginf=0.0)
 
     def descend(first: Array, loss: str, spread: float) -> Any:
         # In the columns' own orthogonal coordinates the steps do not suffer from n and alpha moving together.
@@ -325,9 +329,10 @@ def _covariance(residuals: Array, columns: Array, spread: float, spare: int) -> 
 
 
 def _run_off(moved: Array, free: Sequence[int]) -> str | None:
-    """A coefficient to hold because the fit has left every law behind, as it does where a term is not to be seen."""
-    far = [name for name in NAMES if abs(moved[NAMES.index(name)]) > math.log(_WIDEST[name]) / 2]
-    return next((name for name in _HELD_FIRST if name in far and NAMES.index(name) in free), None)
+    """A coefficient to hold because one of its term is far away, as happens where the term is not to be seen."""
+    names = [NAMES[index] for index in free]
+    far = [name for name in names if abs(moved[NAMES.index(name)]) > math.log(_FARTHEST[name])]
+    return next((name for term in _TERMS if set(term) & set(far) for name in term if name in names), None)
 
 
 def _too_wide(covariance: Array, reach: float, free: Sequence[int]) -> str | None:
