@@ -155,7 +155,10 @@ class Advice:
             raise ValueError("there is nothing to draw of tokens without params: give params, or compute alone")
 
     def __str__(self) -> str:
-        lines = [_asked(self), *([_table(self), ""] if self.formats else []), *_best(self)]
+        lines = [_asked(self), *([_table(self), ""] if self.formats else [])]
+        if any(row.terms for row in self.formats):
+            lines.append("over bf16: the format's term less that of E8M7 at the same parameters, tokens and block")
+        lines += _best(self)
         said = [f"extrapolated: {text}" for text in self.extrapolated] + [f"note: {text}" for text in self.notes]
         return "\n".join(lines + [fill(text, 110, subsequent_indent="  ") for text in [*said, f"scope: {self.scope}"]])
 
@@ -280,12 +283,12 @@ def _row(
         else:
             best = law.format_budget(compute, fmt, block)
             params, tokens = best.params, best.tokens
-    split = (None, None) if fmt is None else (fmt.exponent_bits, fmt.mantissa_bits)
+    exponent_bits, mantissa_bits = (None, None) if fmt is None else (fmt.exponent_bits, fmt.mantissa_bits)
     terms = over = critical = past = None
     if params is not None and fmt is not None:
         critical = law.critical_tokens(params, fmt.exponent_bits, fmt.mantissa_bits, block)
     if params is not None and tokens is not None:
-        terms = law.terms(params, tokens, *split, block=block)
+        terms = law.terms(params, tokens, exponent_bits, mantissa_bits, block)
         bf16 = law.terms(params, tokens, _BF16.exponent_bits, _BF16.mantissa_bits, block)
         over = terms.precision - bf16.precision
         past = None if critical is None else tokens > critical
@@ -304,7 +307,11 @@ def _notes(formats: Iterable[FloatFormat]) -> Iterable[str]:
 def _asked(advice: Advice) -> str:
     given = [
         f"{quantity(value)} {name}"
-        for name, value in (("parameters", advice.params), ("tokens", advice.tokens), ("operations", advice.compute))
+        for name, value in (
+            ("parameters", advice.params),
+            ("tokens", advice.tokens),
+            ("operations (6/16 N P D)", advice.compute),
+        )
         if value is not None
     ]
     block = "a scale a channel" if advice.block == "channel" else f"a scale for {advice.block} elements"

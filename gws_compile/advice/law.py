@@ -183,13 +183,14 @@ class ScalingLaw:
             raise ValueError(
                 f"exponent_bits is {exponent_bits!r} and mantissa_bits {mantissa_bits!r}: give both, or none"
             )
-        at = Points(
-            np.float64(positive("params", params)),
-            np.float64(positive("tokens", tokens)),
-            np.float64(exponent_bits or 0),
-            np.float64(mantissa_bits or 0),
-            np.float64(0.0 if plain else self.log2_block(block)),
+        values = (
+            positive("params", params),
+            positive("tokens", tokens),
+            exponent_bits or 0,
+            mantissa_bits or 0,
+            0 if plain else self.log2_block(block),
         )
+        at = Points(*(np.array(value, dtype=np.float64) for value in values))
         return LossTerms(*map(float, terms(self.coefficients, at)))
 
     def loss(
@@ -307,7 +308,7 @@ class ScalingLaw:
             model = self.alpha * self.n + (self.alpha + self.beta) * term * grown
             return shrunk * model - self.beta * self.d / grown
 
-        low, high = 0.0, math.log(product)
+        low, high = -100.0, math.log(product) + 100.0
         for _ in range(100):
             middle = (low + high) / 2
             low, high = (middle, high) if slope(middle) < 0 else (low, middle)
@@ -321,7 +322,7 @@ class ScalingLaw:
         if self.alpha >= both:
             raise ValueError(f"a law with alpha={self.alpha:.4g} above delta + nu = {both:.4g} has no best precision")
         split = (self.delta / both) ** self.delta * (self.nu / both) ** self.nu
-        return self.log2_block(block) * (both - self.alpha) / (self.alpha * self.n * self.gamma * split)
+        return float(self.log2_block(block) * (both - self.alpha) / (self.alpha * self.n * self.gamma * split))
 
 
 def splits(bits: int) -> list[FloatFormat]:

@@ -74,14 +74,15 @@ def plot_bits(path: str | Path, law: ScalingLaw, best: Budget, formats: Sequence
         ImportError: matplotlib is missing.
     """
     figure, axis = _figure()
-    across = np.linspace(3, 16, 131)
+    most = max([16, *(fmt.storage_bits for fmt in formats)])
+    across = np.linspace(3, most, 131)
     losses = [law.real_budget(best.compute, float(bits), block).loss for bits in across]
     axis.plot(across, losses, color="black", label="best real split")
     for number, fmt in enumerate(formats):
         loss = law.format_budget(best.compute, fmt, block).loss
         axis.plot([fmt.storage_bits], [loss], "o", color=f"C{number % 10}", label=fmt.name)
     axis.axvline(best.bits, color="0.5", linewidth=0.8, linestyle="--", label=f"best: {best.bits:.2f} bits")
-    axis.set(xlabel="bits P", ylabel="loss (nats a token)", xlim=(2.5, 16.5))
+    axis.set(xlabel="bits P", ylabel="loss (nats a token)", xlim=(2.5, most + 0.5))
     axis.set_title(f"the best of {quantity(best.compute)} operations, {_scaled(block)}", fontsize=10)
     axis.legend(fontsize=8, ncols=2)
     figure.savefig(path, dpi=150)

@@ -18,7 +18,7 @@ def positive(name: str, value: Any) -> float:
     Raises:
         ValueError: it is not a finite number above 0.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < math.inf:
         raise ValueError(f"{name} is {value!r}; accepted: a finite number above 0, such as 1e9")
     return float(value)
 

@@ -11,9 +11,8 @@ from typing import Any
 
 from ..advice.advise import advise
 from ..advice.law import ScalingLaw
-from ..advice.quantities import parse_quantity
+from ..advice.quantities import check_block, parse_quantity
 from ..advice.runs import read_runs
-from ..warning import GwsWarning
 from .options import UsageError
 
 _DESCRIPTION = """\
@@ -115,7 +114,7 @@ def _answer(parsed: argparse.Namespace, counts: dict[str, float | None], law: Sc
         counts["params"],
         counts["tokens"],
         formats,
-        block=int(block) if block.isdecimal() else block,
+        block=check_block(int(block) if block.isdecimal() else block),
         compute=counts["compute"],
         bits=parsed.advised_bits,
         law=law,
@@ -134,7 +133,7 @@ def _fitted(file: str | None) -> ScalingLaw | None:
     if file is None:
         return None
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", GwsWarning)
+        warnings.simplefilter("always")
         law = ScalingLaw.fit(read_runs(file))
     for warning in caught:
         sys.stderr.write(f"gws advise: {file}: {warning.message}\n")

@@ -37,6 +37,7 @@ def test_a_model_and_its_data():
     assert plain.terms.loss == pytest.approx(plain_loss(5e8, 5e10), rel=1e-12)
     assert plain.cost_over_bf16 == pytest.approx(-bf16, rel=1e-12)
     assert (plain.bits, plain.critical_tokens, plain.past_critical) == (None, None, None)
+    assert "over bf16: the format's term less that of E8M7 at the same parameters, tokens and block\n" in str(answer)
     assert answer.best_bits == ScalingLaw().best_bits(5e10, 32)
     with pytest.raises(KeyError, match="the rows are fp8_e4m3, none"):
         answer["e4m3"]
@@ -62,6 +63,7 @@ def test_a_model_alone():
     assert answer.best_bits is None
     assert "D_crit" in str(answer)
     assert "loss" not in str(answer)
+    assert "bf16" not in str(answer)
 
 
 def test_data_alone():
@@ -81,6 +83,7 @@ def test_compute_alone():
         assert row.terms.loss == pytest.approx(plain_loss(row.params, row.tokens) + cost, rel=1e-12)
         assert row.terms.loss > answer.best_budget.loss
     assert "best for this compute: 5.005 bits" in str(answer)
+    assert str(answer).startswith("1e+24 operations (6/16 N P D), a scale for 128 elements\n")
 
 
 @pytest.mark.parametrize(("given", "follows"), [("params", "tokens"), ("tokens", "params")])
