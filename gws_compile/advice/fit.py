@@ -272,10 +272,10 @@ def _solve(optimize: Any, at: Points, losses: Array, start: Array, free: Sequenc
             lambda moved: jacobian(first + back @ moved) @ back,
             loss=loss,
             f_scale=spread,
-            xtol=1e-12,
-            ftol=1e-12,
-            gtol=1e-12,
-            max_nfev=300,
+            xtol=1e-10,
+            ftol=1e-10,
+            gtol=1e-10,
+            max_nfev=100,
         )
         return first + back @ found.x, float(found.cost)
 
