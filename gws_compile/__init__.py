@@ -8,8 +8,9 @@ of `ops`, with an eager kernel there and Inductor's code in `codegen`; what it c
 `numerics`: formats, scales, noise, casts, keys. The compiled graph is called: what the call needs comes from
 `runtime` (names and keys of weights, the clock of the draws) and `learned_bits` (trained widths). Seeing: `report`
 has records and tables, metrics, histograms and the page. Leaving: `deploy` writes checkpoints that engines load.
-Running: `command_line` is ``gws run``, ``gws explain``, ``gws export`` and ``gws compare``; what that compares is the
-work of `comparison`; `integrations` serve other packages' trainers.
+Running: `command_line` is ``gws run``, ``gws explain``, ``gws export``, ``gws compare`` and ``gws advise``; `comparison`
+is what the fourth does, `advice` the fifth: what a format costs by measurement, and by a scaling law; `integrations`
+serve other packages' trainers.
 
 The layers, from above; each imports only from those below it:
 
@@ -28,6 +29,7 @@ The layers, from above; each imports only from those below it:
     levels                  the cast onto levels, and its operators
     config                  the settings of a backend
     recipes                 named recipes, a file each
+    advice                  the scaling law of formats, and fits of it
     settings                what they consist of: settings of a weight, rules, schedules, learned widths
     weight_names            qualified names of weights
     source_names            what Dynamo's sources say of a weight
@@ -36,6 +38,8 @@ The layers, from above; each imports only from those below it:
     warning                 the one category of warnings
 """
 
+from .advice.advise import Advice, advise
+from .advice.law import ScalingLaw
 from .api import backend, explain
 from .command_line.named_backend import named_backend
 from .comparison.comparing import compare
@@ -71,6 +75,7 @@ __all__ = [
     "FORMATS",
     "PRESETS",
     "RECIPES",
+    "Advice",
     "AttentionOperands",
     "Backend",
     "BitsSummary",
@@ -94,9 +99,11 @@ __all__ = [
     "Recipe",
     "Report",
     "Row",
+    "ScalingLaw",
     "Schedule",
     "WeightMetrics",
     "WeightRecord",
+    "advise",
     "backend",
     "compare",
     "edge_blocks",

@@ -12,7 +12,7 @@ ARROWS = [arrow for one in MODULES.values() for arrow in layers.arrows_of(one, M
 TOP_LEVEL_MODULES = {"__init__", "__main__", "api", "config", "source_names", "warning", "weight_names"}
 TOP_LEVEL_FOLDERS = set().union(*LAYERS) - TOP_LEVEL_MODULES - {"passes"}
 
-TAKEN = {"backend", "explain", "sample", "quantize", "operator"}
+TAKEN = {"advise", "backend", "explain", "sample", "quantize", "operator"}
 """Names of public functions, which a submodule of that name would replace, and of a module of the standard library."""
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from . import compare, explain, export, run
+from . import advise, compare, explain, export, run
 from .options import Parser, UsageError
 
-COMMANDS = (run, explain, export, compare)
+COMMANDS = (run, explain, export, compare, advise)
 """The commands, a module each.
 
 A command's module has ``add_to(commands)``, which adds its parser and sets ``function``, what is called with the parsed

@@ -33,6 +33,7 @@ LAYERS: Sequence[frozenset[str]] = [
     frozenset({"levels"}),
     frozenset({"config"}),
     frozenset({"recipes"}),
+    frozenset({"advice"}),
     frozenset({"settings"}),
     frozenset({"source_names", "weight_names"}),
     frozenset({"numerics"}),
