@@ -8,9 +8,8 @@ of `ops`, with an eager kernel there and Inductor's code in `codegen`; what it c
 `numerics`: formats, scales, noise, casts, keys. The compiled graph is called: what the call needs comes from
 `runtime` (names and keys of weights, the clock of the draws) and `learned_bits` (trained widths). Seeing: `report`
 has records and tables, metrics, histograms and the page. Leaving: `deploy` writes checkpoints that engines load.
-Running: `command_line` is ``gws run``, ``gws explain``, ``gws export``, ``gws compare`` and ``gws advise``; `comparison`
-is what the fourth does, `advice` the fifth: what a format costs by measurement, and by a scaling law; `integrations`
-serve other packages' trainers.
+Running: `command_line` is ``gws run``, ``gws explain``, ``gws export`` and others; `integrations` serve other packages'
+trainers. What a format costs: `comparison` measures it, and `advice` has a scaling law.
 
 The layers, from above; each imports only from those below it:
 
@@ -44,7 +43,8 @@ from .api import backend, explain
 from .command_line.named_backend import named_backend
 from .comparison.comparing import compare
 from .comparison.intervals import Interval
-from .comparison.summary import Comparison, Row
+from .comparison.rows import ComparedRow
+from .comparison.summary import Comparison
 from .compiler.backend import Backend
 from .deploy.export_report import ExportedWeight, ExportReport
 from .deploy.manifest import load_export
@@ -79,6 +79,7 @@ __all__ = [
     "AttentionOperands",
     "Backend",
     "BitsSummary",
+    "ComparedRow",
     "Comparison",
     "ExportReport",
     "ExportedWeight",
@@ -98,7 +99,6 @@ __all__ = [
     "ReadRecord",
     "Recipe",
     "Report",
-    "Row",
     "ScalingLaw",
     "Schedule",
     "WeightMetrics",

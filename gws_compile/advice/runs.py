@@ -97,7 +97,9 @@ def _listed(content: Any) -> list[Any]:
 
 def _left_out(run: dict[str, Any]) -> str | None:
     """Why a run is none of the law's."""
-    fmt, loss = run.get("fmt"), run.get("loss")
+    fmt, loss = run.get("fmt"), run.get("loss", 0.0)
+    if loss is None:
+        return "without a loss"
     if isinstance(loss, float) and not math.isfinite(loss):
         return f"with loss {loss}"
     if fmt is None or isinstance(fmt, FloatFormat):

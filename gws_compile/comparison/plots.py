@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .compared_settings import METHODS, PLAIN
-
-if TYPE_CHECKING:
-    from .summary import Row
+from .rows import ComparedRow
 
 _MARKERS = "os^Dvp*X"
 
 
-def plot_losses(path: Path, rows: Sequence[Row]) -> list[Path]:
+def plot_losses(path: Path, rows: Sequence[ComparedRow]) -> list[Path]:
     """Deployed loss less that of plain training, by format, a marker for each method.
 
     Rows that are no format with a method stand behind, by their names.
@@ -51,7 +49,7 @@ def plot_losses(path: Path, rows: Sequence[Row]) -> list[Path]:
     return [path]
 
 
-def plot_robustness(path: Path, rows: Sequence[Row], labels: Sequence[str]) -> list[Path]:
+def plot_robustness(path: Path, rows: Sequence[ComparedRow], labels: Sequence[str]) -> list[Path]:
     """Loss of each row's weights behind a cast to each preset, less that of plain training.
 
     Returns:
@@ -86,7 +84,7 @@ def plot_robustness(path: Path, rows: Sequence[Row], labels: Sequence[str]) -> l
     return [path]
 
 
-def _place(row: Row) -> str:
+def _place(row: ComparedRow) -> str:
     return row.grid if row.method in METHODS and row.grid else row.name
 
 

@@ -79,8 +79,13 @@ class RunFolder:
                 known = self.read(setting, seed, needed)
                 if known is not None:
                     return known
-                made = {"setting": setting.name, "method": setting.method, "arguments": setting.text, "seed": seed}
-                made |= run()
+                made: dict[str, Any] = {
+                    "setting": setting.name,
+                    "method": setting.method,
+                    "arguments": setting.text,
+                    "seed": seed,
+                }
+                made = _finite(made | run())  # as it will be read
                 self.write_json(self.file(setting, seed), made)
                 return made
         except Timeout:

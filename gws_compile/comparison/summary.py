@@ -13,49 +13,7 @@ from tabulate import tabulate
 from .compared_settings import PLAIN, ComparedSetting
 from .intervals import Interval
 from .plots import plot_losses, plot_robustness
-
-UNCAST = "uncast"
-"""The column of the weights as they are."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A setting over its seeds. Losses are means with 95 % intervals; differences are taken seed by seed.
-
-    Attributes:
-        name: of the setting.
-        method: its method, see `ComparedSetting`.
-        grid: label of what its weights are cast to; empty where that is no fixed grid.
-        trained: loss with the noise of training; None where it was not measured.
-        deployed: loss of the weights as they are deployed: cast, without noise.
-        minus_plain: ``deployed`` less that of plain training (with the same further training arguments, where there is
-            such a row).
-        minus_cast: ``deployed`` less that of plain training whose weights are cast to the same grid afterwards.
-        casts: losses of these weights cast to other grids, by label; ``"uncast"`` for the weights as they are.
-        distances: how far the weights lie from grids, see `Grids.cast_to`.
-        average_bits: bit width over the elements of the weights that are cast; None for plain training.
-        bytes: of these weights; None where unknown.
-        figures: further numbers of the training function.
-        seeds: how many runs the losses are of.
-        diverged: how many more ended with a loss that is no number.
-        failed: messages of runs that raised.
-    """
-
-    name: str
-    method: str
-    grid: str
-    trained: Interval | None
-    deployed: Interval | None
-    minus_plain: Interval | None
-    minus_cast: Interval | None
-    casts: Mapping[str, Interval]
-    distances: Mapping[str, Interval]
-    average_bits: float | None
-    bytes: float | None
-    figures: Mapping[str, Interval]
-    seeds: int
-    diverged: int = 0
-    failed: tuple[str, ...] = ()
+from .rows import UNCAST, ComparedRow
 
 
 @dataclass(frozen=True)
@@ -68,11 +26,11 @@ class Comparison:
         presets: labels of the grids that the weights of every row were cast to.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[ComparedRow, ...]
     runs: tuple[Mapping[str, Any], ...]
     presets: tuple[str, ...]
 
-    def __getitem__(self, name: str) -> Row:
+    def __getitem__(self, name: str) -> ComparedRow:
         """The row of a setting.
 
         Raises:
@@ -133,8 +91,11 @@ class Comparison:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Rows and runs for JSON; `gws_compile.ScalingLaw.fit` reads the runs."""
-        return {"presets": list(self.presets), "rows": [asdict(row) for row in self.rows], "runs": list(self.runs)}
+        """Rows and runs for JSON. `gws_compile.ScalingLaw.fit` reads the runs, where their figures have ``tokens``."""
+        runs = [
+            {**run, "loss": run.get("deployed"), "tokens": run.get("figures", {}).get("tokens")} for run in self.runs
+        ]
+        return {"presets": list(self.presets), "rows": [asdict(row) for row in self.rows], "runs": runs}
 
     def plot(self, folder: str | Path) -> list[Path]:
         """Draw ``losses.png`` (deployed loss by format and method) and ``robustness.png`` (loss by preset).
@@ -180,7 +141,7 @@ def summarize(
 
 def _rows(
     settings: Sequence[ComparedSetting], runs: Sequence[Mapping[str, Any]], presets: tuple[str, ...]
-) -> Iterator[Row]:
+) -> Iterator[ComparedRow]:
     plain_of = {_key(one.training): one for one in reversed(settings) if one.method == PLAIN}
     # Of scripts casts are runs of their own.
     own_casts = {(one.grid, _key(one.training)): _of(one, runs) for one in settings if one.method == "cast-afterwards"}
@@ -205,7 +166,7 @@ def _row(
     *,
     from_plain: bool,
     is_base: bool,
-) -> Row:
+) -> ComparedRow:
     grid = "" if setting.method == PLAIN else setting.grid
     failed = tuple(f"seed {run['seed']}: {run['failed']}" for run in mine if run.get("failed"))
     ended = [run for run in mine if not run.get("failed")]
@@ -227,7 +188,7 @@ def _row(
             casts[label] = found
     widths = [run["average_bits"] for run in ended if run.get("average_bits") is not None]
     sizes = [run.get("cast_bytes", {}).get(grid) if from_plain else run.get("bytes") for run in ended]
-    return Row(
+    return ComparedRow(
         name=setting.name,
         method=setting.method,
         grid=grid,
@@ -269,7 +230,7 @@ def _key(training: Mapping[str, Any]) -> str:
     return repr(sorted(training.items()))
 
 
-def _remark(row: Row) -> str:
+def _remark(row: ComparedRow) -> str:
     parts = [str(row.seeds)]
     if row.diverged:
         parts.append(f"{row.diverged} diverged")
