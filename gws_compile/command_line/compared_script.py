@@ -157,7 +157,7 @@ def warn_of_equal_seeds(runs: Sequence[Mapping[str, Any]]) -> None:
     if len(plain) > 1 and len(set(plain)) == 1:
         warnings.warn(
             f"plain training ended with the same loss, {plain[0]}, under all {len(plain)} seeds: the script seeds its "
-            f"generators itself, so that intervals say nothing. Put {SEED} into its arguments where it takes a seed",
+            "generators itself, so that intervals say nothing. Put {seed} into its arguments where it takes a seed",
             GwsWarning,
             stacklevel=2,
         )

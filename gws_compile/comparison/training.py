@@ -69,7 +69,8 @@ class Trained:
         self.model.eval()
         try:
             with torch.set_grad_enabled(gradients), torch.compiler.set_stance("force_eager" if eager else "default"):
-                return float(self.evaluate())
+                loss = self.evaluate()
+                return float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
         finally:
             self.model.train(training)
 

@@ -195,7 +195,7 @@ def test_what_a_setting_may_say_of_a_script():
         {"bits": gws_compile.LearnedBits(average=3.5, formats=("fp4_e2m1", "bf16"))},
         {"fmt": "fp4_e2m1", "schedule": gws_compile.Schedule(stop=9, bits=((0, 6.0), (5, 3.0)))},
         {"recipe": "nvfp4", "exclude": ("a.*", 'b"\\')},
-        {"fmt": "int4", "activations": gws_compile.Operand("mxfp8", rounding="stochastic"), "block": (1, 32)},
+        {"fmt": "int4", "activations": gws_compile.Operand("mxfp8", products=("wgrad",)), "block": (1, 32)},
     ],
 )
 def test_settings_as_toml(tmp_path, arguments):
