@@ -99,6 +99,8 @@ def documents(data: bytes, amounts: Amounts) -> list[str]:
 def questions(data: bytes, amounts: Amounts, seed: int) -> Iterator[dict[str, Any]]:
     """A context, four different continuations in random order, and which of them is the true one.
 
+    None of the others goes on with this context anywhere in the text.
+
     All four begin behind a character that is no white space. The harness takes white space from the end of a context
     and puts it in front of every answer, and an answer that begins inside an indentation would be told by that.
     """
@@ -123,7 +125,9 @@ def questions(data: bytes, amounts: Amounts, seed: int) -> Iterator[dict[str, An
         context, true = excerpt()
         choices = {true: None}
         for _ in range(_TRIES):
-            choices[excerpt()[1]] = None
+            other = excerpt()[1]
+            if (context + other).encode() not in data:  # or it would be right as well
+                choices[other] = None
             if len(choices) == CHOICES:
                 break
         else:
