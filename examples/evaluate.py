@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\n{table(found)}\n\n{agreement}")
         figures |= {"fmt": parsed.fmt, "steps": parsed.steps, "seed": parsed.seed, "text": text.name}
         figures |= {"models": {name: asdict(one) for name, one in found.items()}, "agreement": asdict(agreement)}
-    path = parsed.out / "evaluate.json"
+    path = parsed.out / ("model.json" if parsed.model else "evaluate.json")
     path.write_text(json.dumps(figures, indent=1) + "\n")
     print(f"all figures in {path}")
 

@@ -236,7 +236,7 @@ def test_from_training_to_the_table(tmp_path, capsys):
 
     exported = out / "exported" / "pqt"
     evaluate.main([*common, "--model", str(exported), "--tasks", "held_out_bytes"])
-    alone = json.loads((out / "evaluate.json").read_text())
+    alone = json.loads((out / "model.json").read_text())
     assert list(alone["results"]) == ["held_out_bytes"]
     expected = first["models"]["PQT, exported"]["bits_per_byte"]
     assert alone["results"]["held_out_bytes"]["bits_per_byte,none"] == expected
