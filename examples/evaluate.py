@@ -94,9 +94,17 @@ def new_folder(folder: Path) -> Path:
 
 
 def train_both(
-    settings: Settings, text: Text, backend: gws_compile.Backend
+    parsed: argparse.Namespace, text: Text
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedModel]:
     """A plain model and one of pseudo-quantization training: from the same weights, on the same batches."""
+    device = torch.device("cpu")
+    dtype = chosen_dtype(parsed.dtype, device)
+    words = describe(dtype, asked=parsed.dtype != "auto")
+    given = {name: getattr(parsed, name) for name in ("steps", "seed", "inner", "out")}
+    shape = {name: getattr(SHAPE, name) for name in ("batch", "seq", "lr")}
+    settings = Settings("llama", SIZE, SHAPE, **shape, **given, device=device, dtype=dtype, computed_in=words)
+    backend = gws_compile.backend(parsed.fmt, seed=parsed.seed, inner=parsed.inner)
+    print(f"{text.name}, {settings.steps} steps of {settings.batch} x {settings.seq} bytes, trained in {words}")
     torch.manual_seed(settings.seed)
     model = build_model(settings.model, settings.shape, settings.seq)
     runs = [Run("plain", model, None, settings), Run("PQT", copy.deepcopy(model), backend, settings)]
@@ -196,9 +204,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Text]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parsed, text = parse(argv)
-    tasks, device = parsed.out / "tasks", torch.device("cpu")
+    tasks = parsed.out / "tasks"
     versions = {package.__name__: package.__version__ for package in (torch, transformers, lm_eval, gws_compile)}
-    figures: dict[str, Any] = {"machine": machine(device), "versions": versions}
+    figures: dict[str, Any] = {"machine": machine(torch.device("cpu")), "versions": versions}
     if parsed.model:
         figures["model"] = str(parsed.model)
         figures |= evaluate_folder(parsed, tasks)
@@ -206,17 +214,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if parsed.trained:
             plain, pqt = (load_folder(folder, torch.float32) for folder in parsed.trained)
         else:
-            dtype = chosen_dtype(parsed.dtype, device)
-            words = describe(dtype, asked=parsed.dtype != "auto")
-            given = {name: getattr(parsed, name) for name in ("steps", "seed", "inner", "out")}
-            shape = {name: getattr(SHAPE, name) for name in ("batch", "seq", "lr")}
-            settings = Settings("llama", SIZE, SHAPE, **shape, **given, device=device, dtype=dtype, computed_in=words)
-            backend = gws_compile.backend(parsed.fmt, seed=parsed.seed, inner=parsed.inner)
-            plain, pqt = train_both(settings, text, backend)
+            plain, pqt = train_both(parsed, text)
+            figures["steps"] = parsed.steps
         found = compare(plain, pqt, parsed, tasks)
         agreement = Agreement.between(found[COMPILED], found[EXPORTED])
         print(f"\n{table(found)}\n\n{agreement}")
-        figures |= {"fmt": parsed.fmt, "steps": parsed.steps, "seed": parsed.seed, "text": text.name}
+        figures |= {"fmt": parsed.fmt, "seed": parsed.seed, "text": text.name}
         figures |= {"models": {name: asdict(one) for name, one in found.items()}, "agreement": asdict(agreement)}
     path = parsed.out / ("model.json" if parsed.model else "evaluate.json")
     path.write_text(json.dumps(figures, indent=1) + "\n")
