@@ -135,7 +135,7 @@ def compare(
     folders = {name: parsed.out / "exported" / name for name in ("plain_cast_afterwards", "pqt")}
     for model, folder in zip((plain, pqt), folders.values(), strict=True):
         export(model, gws_compile.backend(parsed.fmt), folder, parsed.format)
-    # The harness's batches differ in rows and length: one graph for all.
+    # The harness's batches differ in rows and length: not every shape is compiled anew.
     backend = gws_compile.backend(parsed.fmt, inner=parsed.inner)
     models = {
         "plain": plain,
