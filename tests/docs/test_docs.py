@@ -141,7 +141,7 @@ def check_command(words: list[str]) -> None:
     elif program in ("python", ".venv/bin/python"):
         check_python(rest)
     else:
-        assert program in ("cd", "git", "export", "tlparse"), words
+        assert program in ("cd", "git", "export", "lm_eval", "tlparse"), words
 
 
 def check_gws(arguments: list[str]) -> None:
