@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bit_experiment import interval
 from compute_dtype import chosen_dtype
 from optimizer_runs import Make, Named, Settings, adamw, add_options, is_layer_matrix, train
+from over_seeds import interval
 from tabulate import tabulate
 from text_data import load_text
 from train_galore import galore

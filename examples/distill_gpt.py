@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bit_experiment import interval
 from optimizing import adamw, learning_rate_schedule
+from over_seeds import interval
 from small_models import MODELS, SIZES, build_model
 from tabulate import tabulate
 from text_data import Text, load_text

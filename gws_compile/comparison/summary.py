@@ -10,7 +10,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from .compared_settings import PLAIN, ComparedSetting
+from .compared_settings import METHODS, PLAIN, ComparedSetting
 from .intervals import Interval
 from .plots import plot_losses, plot_robustness
 from .rows import UNCAST, ComparedRow
@@ -58,6 +58,19 @@ class Comparison:
                 for row in self.rows
             ],
             ("setting", "trained form", "deployed form", "- plain", "- cast afterwards", "average b", "KiB", "runs"),
+        )
+
+    def methods_table(self) -> str:
+        """What each method costs for each format, in Markdown: the deployed loss less that of plain training.
+
+        Empty where no format was trained for by any of the usual methods.
+        """
+        usual = {(row.grid, row.method): row.minus_plain for row in self.rows if row.method in METHODS and row.grid}
+        methods = [method for method in METHODS if any(known == method for _, known in usual)]
+        grids = list(dict.fromkeys(grid for grid, _ in usual))
+        return _markdown(
+            [(grid, *(_text(usual.get((grid, method)), sign=True) for method in methods)) for grid in grids],
+            ("format", *(METHODS[method] for method in methods)),
         )
 
     def robustness_table(self) -> str:
@@ -114,6 +127,8 @@ class Comparison:
 
     def __str__(self) -> str:
         parts = [self.table()]
+        if any(row.method in METHODS and row.grid for row in self.rows):
+            parts.append(f"Deployed loss less that of plain training:\n\n{self.methods_table()}")
         if any(row.casts for row in self.rows):
             parts.append(
                 f"Loss of the weights cast to each preset, less that of plain training:\n\n{self.robustness_table()}"

@@ -94,6 +94,9 @@ def test_tables():
         ["plain, longer", *longer, "", "", "", "4", "3"],
         ["int3, longer", *of_longer, "+0.3750 ± 1.5883", "-0.2500 ± 3.1765", "3.00", "4", "2, 1 diverged"],
     ]
+    methods = cells(FOUND.methods_table())
+    assert methods[0] == ["format", "cast afterwards", "straight-through"]
+    assert methods[2:] == [["int3", "+0.5833 ± 0.3586", "+0.1250 ± 0.3105"]]
     robustness = cells(FOUND.robustness_table())
     assert robustness[0] == ["weights of", "uncast", "int3"]
     assert robustness[3] == ["int3, straight-through", "+0.1250 ± 0.3105", "+0.1250 ± 0.3105"]
