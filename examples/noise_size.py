@@ -23,7 +23,7 @@ import gws_compile
 
 FORMATS = ("fp8_e4m3", "fp6_e3m2", "fp4_e2m1", "nvfp4", "int4", "int3", "int2")
 WIDTHS = {"fp4_e2m1": (2, 3, 4, 5)}
-"""Widths b beside the default one."""
+"""Widths b of formats that are looked at with others than the default one."""
 
 
 def settings() -> Iterator[dict[str, Any]]:

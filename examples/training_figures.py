@@ -81,9 +81,10 @@ class TrainingFigures:
         config = self._backend.config
         if not self._names:
             self._names = {record.name for record in self._backend.report().rewritten}
-        spec = replace(config.sample_spec(torch.float32), noise="none")
-        return {
-            name: levels_eager(p.detach().unsqueeze(0), spec, config.block)[1]
-            for name, p in self._model.named_parameters()
-            if name in self._names
-        }
+        found = {}
+        for name, p in self._model.named_parameters():
+            settings = config.settings_of(name)
+            if name in self._names and settings is not None:
+                spec = replace(settings.sample_spec(p.dtype), noise="none")
+                found[name] = levels_eager(p.detach().unsqueeze(0), spec, settings.block)[1]
+        return found

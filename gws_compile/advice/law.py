@@ -183,6 +183,9 @@ class ScalingLaw:
             raise ValueError(
                 f"exponent_bits is {exponent_bits!r} and mantissa_bits {mantissa_bits!r}: give both, or none"
             )
+        for name, given in (("exponent_bits", exponent_bits), ("mantissa_bits", mantissa_bits)):
+            if given is not None and not 0 <= given < math.inf:
+                raise ValueError(f"{name} is {given!r}; accepted: a number of bits, 0 or more")
         values = (
             positive("params", params),
             positive("tokens", tokens),

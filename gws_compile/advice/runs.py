@@ -7,7 +7,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from ..numerics.formats import FloatFormat
 from ..numerics.integers import IntFormat
 from ..warning import GwsWarning
 from .quantities import Block, check_block, positive
+
+_METHODS = ("plain", "straight-through")
+"""Of a comparison's runs those that the law is about."""
 
 DEFAULT_BLOCK = 128
 """Elements to a scale, of a run that does not say it."""
@@ -68,8 +71,7 @@ def check_runs(runs: Iterable[Run | dict[str, Any]] | dict[str, Any]) -> list[Ru
     kept, left = [], Counter[str]()
     for number, run in enumerate(listed):
         if isinstance(run, Run):
-            kept.append(run)
-            continue
+            run = {field.name: getattr(run, field.name) for field in fields(run)}
         if not isinstance(run, dict):
             raise ValueError(f"run {number} is {run!r}; accepted: an object with params, tokens, loss, fmt and block")
         reason = _left_out(run)
@@ -102,6 +104,8 @@ def _left_out(run: dict[str, Any]) -> str | None:
         return "without a loss"
     if isinstance(loss, float) and not math.isfinite(loss):
         return f"with loss {loss}"
+    if run.get("method") not in (None, *_METHODS):
+        return "of other methods than a straight-through cast"
     if fmt is None or isinstance(fmt, FloatFormat):
         return None
     if isinstance(fmt, IntFormat) or (isinstance(fmt, str) and IntFormat.reads(fmt)):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..comparison.compared_settings import DEFAULT_METHODS, METHODS, ComparedSetting
+from ..comparison.compared_settings import DEFAULT_METHODS, METHODS, ComparedSetting, ComparisonError
 from ..comparison.comparing import (
     DEFAULT_FOLDER,
     DEFAULT_FORMATS,
@@ -22,7 +23,7 @@ from ..comparison.comparing import (
 )
 from ..comparison.run_folder import RunFolder
 from ..comparison.summary import Comparison, summarize
-from .compared_script import ComparedScript, NoLossError, check_training, warn_of_equal_seeds
+from .compared_script import ComparedScript, NoLossError, check_script_settings, warn_of_equal_seeds
 from .compared_settings_file import own_from_file
 from .model_factory import BadFactoryError, find_function
 from .options import UsageError
@@ -106,7 +107,7 @@ def run(parsed: argparse.Namespace) -> int:
     """
     try:
         comparison = _of_function(parsed) if _is_function(parsed) else _of_script(parsed)
-    except (ValueError, OSError, BadFactoryError, NoLossError) as error:
+    except (ComparisonError, BadFactoryError, NoLossError) as error:  # what a training function raises comes out
         raise UsageError(str(error)) from None
     sys.stdout.write(f"{comparison}\n\nThe runs, comparison.json and comparison.md are in {parsed.out}\n")
     if not parsed.no_plots:
@@ -129,9 +130,9 @@ def _is_function(parsed: argparse.Namespace) -> bool:
 
 def _of_script(parsed: argparse.Namespace) -> Comparison:
     script = ComparedScript(parsed.what, tuple(parsed.arguments), parsed.module, parsed.auto, parsed.loss)
-    own = {} if parsed.settings is None else own_from_file(parsed.settings)
+    own = _own(parsed)
     made = listed(_names(parsed.fmts), _names(parsed.methods), _names(parsed.recipes), own, _common(parsed))
-    check_training(made)
+    check_script_settings(made)
     folder = RunFolder(Path(parsed.out), script.identity)
 
     def one(setting: ComparedSetting, seed: int) -> dict[str, Any]:
@@ -149,13 +150,20 @@ def _of_function(parsed: argparse.Namespace) -> Comparison:
         fmts=_names(parsed.fmts),
         methods=_names(parsed.methods),
         recipes=_names(parsed.recipes),
-        settings={} if parsed.settings is None else own_from_file(parsed.settings),
+        settings=_own(parsed),
         presets=None if parsed.presets is None else _names(parsed.presets),
         seeds=_seeds(parsed.seeds),
         training=_keywords(parsed.arguments),
         common=_common(parsed),
         out=parsed.out,
     )
+
+
+def _own(parsed: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    try:
+        return {} if parsed.settings is None else own_from_file(parsed.settings)
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from None
 
 
 def _common(parsed: argparse.Namespace) -> dict[str, Any]:
@@ -176,17 +184,25 @@ def _seeds(text: str) -> int | list[int]:
 
 
 def _keywords(arguments: Sequence[str]) -> dict[str, Any]:
-    """``steps=300`` as a keyword argument; a value that is JSON is what it says, any other is text."""
-    found = {}
+    """``steps=300`` as a keyword argument; a value that is JSON or a Python literal is what it says, else text."""
+    found: dict[str, Any] = {}
     for argument in arguments:
         name, equals, text = argument.partition("=")
         if not equals or not name.isidentifier():
             raise UsageError(f"{argument}: accepted are arguments of the function as key=value, such as steps=300")
-        try:
-            found[name] = json.loads(text)
-        except json.JSONDecodeError:
-            found[name] = text
+        if name in found:
+            raise UsageError(f"{argument}: {name} is given twice")
+        found[name] = _value(text)
     return found
+
+
+def _value(text: str) -> Any:
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError):
+            continue
+    return text
 
 
 def _plot(comparison: Comparison, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -31,8 +32,8 @@ ARGUMENTS = "arguments"
 SEED = "{seed}"
 """What stands for the seed in a script's arguments."""
 
-_NUMBER = r"[\"'\s:=]{1,12}([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf)"
-HELD_OUT_LOSS = rf"(?:eval|val|valid|validation|test|held[-_ ]?out)[-_ ]?loss{_NUMBER}"
+_NUMBER = r"[\"'\s:=]{1,12}([-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|[-+]?inf)(?!\w)"
+HELD_OUT_LOSS = rf"(?<![a-z])(?:eval|val|valid|validation|test|held[-_ ]?out)[-_ ]?loss{_NUMBER}"
 ANY_LOSS = rf"loss{_NUMBER}"
 """What is read where nothing else is asked for: the last held-out loss in the output, else the last loss."""
 
@@ -70,6 +71,8 @@ class ComparedScript:
                 raise UsageError(f"--loss {self.loss}: it must have one group, which is the loss, and has {groups}")
         if not self.module and not Path(self.script).is_file():
             raise UsageError(f"can't open file {self.script!r}: there is no such file")
+        if self.module and _origin(self.script) is None:
+            raise UsageError(f"no module named {self.script!r}, looked for in {Path.cwd()} too")
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -79,7 +82,7 @@ class ComparedScript:
             "training": list(self.arguments),
             "auto": self.auto,
             "loss": self.loss or "",
-            "source": _digest(self.script if not self.module else None),
+            "source": _digest(_origin(self.script) if self.module else self.script),
         }
 
     def run(self, setting: ComparedSetting, seed: int, folder: RunFolder) -> dict[str, Any]:
@@ -128,20 +131,25 @@ class ComparedScript:
             found = re.findall(pattern, text, re.IGNORECASE)
             if found:
                 try:
-                    return float(found[-1])
+                    return float(found[-1].replace(",", ""))
                 except ValueError:
                     raise NoLossError(f"--loss {pattern} found {found[-1]!r} in {log}, which is no number") from None
         patterns = self.loss or f"{HELD_OUT_LOSS} and {ANY_LOSS}"
         raise NoLossError(f"no loss in {log}: {patterns} has no match; say with --loss how the script prints it")
 
 
-def check_training(settings: Sequence[ComparedSetting]) -> None:
-    """Hold what settings say of the training to what a script takes.
+def check_script_settings(settings: Sequence[ComparedSetting]) -> None:
+    """Hold settings to what a script can be run with.
 
     Raises:
-        UsageError: it is something else than further arguments.
+        UsageError: learned widths, or what is said of the training is something else than further arguments.
     """
     for setting in settings:
+        if setting.config.learned is not None or setting.config.tables:
+            raise UsageError(
+                f"setting {setting.name!r}: learned widths and trained levels are parameters, which an optimizer of "
+                "the script would have to be given: use a training function"
+            )
         given = setting.training
         texts = given.get(ARGUMENTS, [])
         if set(given) - {ARGUMENTS} or not isinstance(texts, list) or not all(isinstance(one, str) for one in texts):
@@ -220,5 +228,24 @@ def _last_line(text: str) -> str:
     return lines[-1].strip() if lines else "(no output)"
 
 
+def _origin(module: str) -> str | None:
+    """The file of a module, found as ``python -m`` finds it; that of its ``__main__`` where it is a package."""
+    before = list(sys.path)
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        spec = importlib.util.find_spec(module)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{module}.__main__")
+    except ImportError:
+        return None
+    finally:
+        sys.path[:] = before
+    return None if spec is None else spec.origin
+
+
 def _digest(script: str | None) -> str:
-    return "" if script is None else hashlib.sha256(Path(script).read_bytes()).hexdigest()[:16]
+    return (
+        ""
+        if script is None or not Path(script).is_file()
+        else hashlib.sha256(Path(script).read_bytes()).hexdigest()[:16]
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import gc
 import random
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 import numpy
 import torch
 
+from ..compiler.backend import Backend
+from ..compiler.cast_afterwards import CastAfterwards
+from ..settings.arguments import SETTINGS
 from .main_program import NotFoundError, run_module, run_script
 from .options import UsageError, add_settings, export_settings
 from .run_session import RunOptions, RunSession
@@ -90,6 +94,7 @@ def run(parsed: argparse.Namespace) -> int:
     Raises:
         UsageError: a bad setting, a state that is none or another's, or no such script.
     """
+    _check_options(parsed)
     export_settings(parsed)
     report, state = _file_of("--report", parsed.report), _file_of("--state", parsed.state)
     session = None
@@ -100,12 +105,14 @@ def run(parsed: argparse.Namespace) -> int:
             raise UsageError(str(error)) from None
         session.start()
         atexit.register(session.finish)  # behind the program's threads and its own exit handlers
-    elif needless := [name for name in ("auto", "report", "state") if getattr(parsed, name)]:
-        raise UsageError(f"--plain leaves the script alone: --{needless[0]} has no effect beside it")
     try:
         if parsed.random_seed is not None:
             _seed(parsed.random_seed)
-        (run_module if parsed.module else run_script)(parsed.script, parsed.arguments)
+        try:
+            (run_module if parsed.module else run_script)(parsed.script, parsed.arguments)
+        finally:
+            if parsed.plain or parsed.cast_afterwards:
+                _check_plain(parsed)
     except NotFoundError as error:
         if session is not None:
             atexit.unregister(session.finish)
@@ -117,9 +124,32 @@ def run(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _seed(seed: int) -> None:
-    if not 0 <= seed < 2**32:
+def _check_options(parsed: argparse.Namespace) -> None:
+    seed = parsed.random_seed
+    if seed is not None and not 0 <= seed < 2**32:
         raise UsageError(f"--random-seed {seed}: accepted are 0 to 2**32 - 1, what numpy takes")
+    if parsed.plain:
+        others = ["auto", "report", "state", "config", *(setting.name for setting in SETTINGS)]
+        if needless := [name for name in others if getattr(parsed, name) not in (None, False)]:
+            raise UsageError(f"--plain leaves the script alone: --{needless[0]} has no effect beside it")
+
+
+def _check_plain(parsed: argparse.Namespace) -> None:
+    """Hold a script whose training is to stay plain to it: it may ask for a backend of this package by itself.
+
+    Raises:
+        UsageError: it does.
+    """
+    for one in gc.get_objects():
+        if isinstance(one, Backend) and one.graphs and not isinstance(one, CastAfterwards):
+            option = "--plain" if parsed.plain else "--cast-afterwards"
+            raise UsageError(
+                f"{option}: the script compiles with a gws backend of its own ({one.config.weights.name}), so this was "
+                "no plain training: take that out of it"
+            )
+
+
+def _seed(seed: int) -> None:
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)

@@ -11,6 +11,11 @@ from ..config import Config
 from ..settings.learned_bits import LearnedBits
 from ..settings.nearest import nearest
 
+
+class ComparisonError(ValueError):
+    """A comparison that cannot be made as it was asked for; the message says what is wrong, and what is accepted."""
+
+
 PLAIN = "plain"
 """The setting that all others are compared with: training without this package."""
 
@@ -38,19 +43,25 @@ class ComparedSetting:
         method: a key of `METHODS`, ``"plain"``, ``"recipe"``, or empty for one of the user's own.
         arguments: of `gws_compile.backend`; of plain training, and of a cast afterwards, those of the cast.
         training: further arguments of the training function, or of the script.
-        config: the settings, checked.
+        common: those of ``arguments`` that all settings have.
     """
 
     name: str
     method: str
     arguments: Mapping[str, Any]
     training: Mapping[str, Any] = field(default_factory=dict)
+    common: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         try:
             Config.make(**self.arguments)
         except (TypeError, ValueError) as error:  # a TypeError for an argument that there is not
-            raise ValueError(f"setting {self.name!r}: {error}") from None
+            raise ComparisonError(f"setting {self.name!r}: {error}") from None
+        if self.method == "cast-afterwards" and not self.grid:
+            raise ComparisonError(
+                f"setting {self.name!r}: learned widths, trained levels and sparsity are no cast of a plain model; "
+                "leave them, or the method cast-afterwards, out"
+            )
 
     @property
     def config(self) -> Config:
@@ -65,7 +76,13 @@ class ComparedSetting:
     @property
     def grid(self) -> str:
         """The label of the grid that its weights are cast to, see `grid_label`; empty where that is no fixed one."""
-        return grid_label(self.config)
+        return grid_label(self.config, self.common)
+
+    @property
+    def is_of_weights(self) -> bool:
+        """Whether weights on its grid are all that its evaluation differs in from a plain one."""
+        config = self.config
+        return bool(self.grid) and not config.products.change_something and config.attention is None
 
     @property
     def text(self) -> str:
@@ -74,10 +91,16 @@ class ComparedSetting:
         return repr((self.trains_plain, arguments, sorted((k, repr(v)) for k, v in self.training.items())))
 
 
-def grid_label(config: Config) -> str:
+def grid_label(config: Config, common: Mapping[str, Any] = MappingProxyType({})) -> str:
     """What tables call the grid of a backend's weights: ``"fp4_e2m1"``, or ``"int3, row, amax"`` for another block.
 
-    Empty with learned widths, trained levels or sparsity, where the weights' values alone do not say the cast.
+    Args:
+        config: the settings of the backend.
+        common: arguments that all backends of a comparison have: what is said of them is not said again.
+
+    Returns:
+        The label. Empty with learned widths, trained levels or sparsity, where the weights' values alone do not say
+        the cast.
     """
     if any(one is not None and (one.learned or one.levels or one.sparsity) for one in config.all_settings):
         return ""
@@ -85,7 +108,12 @@ def grid_label(config: Config) -> str:
     label = weights.name
     if weights.grid_text != Config.make(label).weights.grid_text:
         label += f", {weights.block_text}, {weights.scale or 'no scale'}"
-    return label + "".join(f"; {rule.text}" for rule in config.rules)
+    base = Config.make(**{name: value for name, value in common.items() if name in ("include", "exclude", "rules")})
+    for name in ("include", "exclude"):
+        patterns = getattr(config, name)
+        if patterns != getattr(base, name):
+            label += f", {name} {' '.join(patterns or ('nothing',))}"
+    return label + "".join(f"; {rule.text}" for rule in config.rules if rule not in base.rules)
 
 
 def usual_settings(
@@ -103,13 +131,13 @@ def usual_settings(
         common: further arguments of `gws_compile.backend` for all, such as ``exclude``.
 
     Raises:
-        ValueError: an unknown format, method or recipe; the message says what is accepted.
+        ComparisonError: an unknown format, method or recipe; the message says what is accepted.
     """
     fmts, methods = list(fmts), list(methods)
     for method in methods:
         if method not in METHODS:
-            raise ValueError(f"unknown method {method!r}: {nearest(method, METHODS)}")
-    yield ComparedSetting(PLAIN, PLAIN, {**common, "noise": "none"})
+            raise ComparisonError(f"unknown method {method!r}: {nearest(method, METHODS)}")
+    yield ComparedSetting(PLAIN, PLAIN, {**common, "noise": "none"}, common=common)
     seen = set()
     for method in methods:
         for fmt in fmts:
@@ -118,7 +146,7 @@ def usual_settings(
                 seen.add(setting.name)
                 yield setting
     for recipe in recipes:
-        yield ComparedSetting(f"recipe {recipe}", "recipe", {**common, "recipe": recipe})
+        yield ComparedSetting(f"recipe {recipe}", "recipe", {**common, "recipe": recipe}, common=common)
 
 
 def own_settings(
@@ -132,15 +160,18 @@ def own_settings(
         common: as in `usual_settings`.
 
     Raises:
-        ValueError: a bad argument.
+        ComparisonError: a bad argument.
     """
     for name, arguments in given.items():
         if not isinstance(arguments, Mapping) or not isinstance(arguments.get("training", {}), Mapping):
-            raise ValueError(f"setting {name!r} must have arguments of gws_compile.backend by name, got {arguments!r}")
+            raise ComparisonError(
+                f"setting {name!r} must have arguments of gws_compile.backend by name, got {arguments!r}"
+            )
         rest = {key: value for key, value in arguments.items() if key != "training"}
         plain = not rest  # other training, no cast
         rest = {"noise": "none"} if plain else rest
-        yield ComparedSetting(name, PLAIN if plain else "", {**common, **rest}, arguments.get("training", {}))
+        training = arguments.get("training", {})
+        yield ComparedSetting(name, PLAIN if plain else "", {**common, **rest}, training, common)
 
 
 def _usual(fmt: str, method: str, common: Mapping[str, Any]) -> ComparedSetting:
@@ -151,9 +182,12 @@ def _usual(fmt: str, method: str, common: Mapping[str, Any]) -> ComparedSetting:
     elif method == "no-master":
         arguments["master"] = False
     elif method == "learned":
-        weights = Config.make(fmt).weights
+        try:
+            weights = Config.make(fmt).weights
+        except ValueError as error:
+            raise ComparisonError(f"method 'learned': {error}") from None
         arguments = {**common, "bits": LearnedBits(average=weights.bits)}
         name = f"{METHODS[method]}, average {weights.bits:g}"
     else:
         arguments["noise"] = method.replace("-", "_")
-    return ComparedSetting(name, method, arguments)
+    return ComparedSetting(name, method, arguments, common=common)

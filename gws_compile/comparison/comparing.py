@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import platform
@@ -17,10 +18,17 @@ import torch
 from tqdm import tqdm
 
 from ..config import Config
-from .compared_settings import DEFAULT_METHODS, PLAIN, ComparedSetting, grid_label, own_settings, usual_settings
+from .compared_settings import (
+    DEFAULT_METHODS,
+    PLAIN,
+    ComparedSetting,
+    ComparisonError,
+    own_settings,
+    usual_settings,
+)
 from .run_folder import RunFolder
 from .summary import Comparison, summarize
-from .training import TrainingFunction, train_and_measure
+from .training import TrainingFunction, TrainingFunctionError, train_and_measure
 
 DEFAULT_FORMATS = ("fp8_e4m3", "fp6_e3m2", "fp4_e2m1", "nvfp4", "int4", "int3")
 DEFAULT_SEEDS = 3
@@ -58,13 +66,15 @@ def compare(
             with a function of nothing that calls it on held-out data and gives a mean loss. That function must not
             disable gradients. A third value may hold further numbers by name, such as ``{"tokens": ...}``. With learned
             widths it also gives ``backend.parameters()`` to its optimizer and adds ``backend.bit_loss()`` to the loss.
+            A function of a module: what one closes over, but for numbers and texts, does not tell its runs apart.
         fmts: formats to train for, as ``fmt`` of `gws_compile.backend`.
         methods: how: ``"cast-afterwards"`` (plain training, whose weights are cast at the end), ``"straight-through"``,
             ``"rounded-normal"``, ``"uniform"``, ``"no-master"``, ``"learned"`` (widths with the format's on average).
         recipes: also trained with, as ``recipe`` of `gws_compile.backend`.
         settings: also trained with: arguments of `gws_compile.backend` by the name of the setting; the key
             ``"training"`` has arguments for ``train``. One with that key alone is plain training.
-        presets: formats that the weights of every run are cast to at the end; ``fmts`` when None.
+        presets: formats that the weights of every run are cast to at the end; ``fmts`` when None, and then runs are not
+            made again for a format that is added later.
         seeds: how many, from 0, or which.
         training: arguments for ``train``, in all settings.
         common: arguments of `gws_compile.backend` in all settings, such as ``{"exclude": [...]}``.
@@ -75,15 +85,15 @@ def compare(
         The rows, with tables and plots.
 
     Raises:
-        ValueError: a bad setting, or runs of another comparison in the folder. TypeError: ``train`` returned something
-            else. What ``train`` raises under plain training comes out; under other settings the run counts as failed,
-            and the others go on.
+        ComparisonError: a bad setting, or runs of another comparison in the folder; a ValueError.
+        TrainingFunctionError: ``train`` returned something else; a TypeError. What ``train`` itself raises under plain
+            training comes out; under other settings the run counts as failed, and the others go on.
     """
+    fmts = list(fmts)
     made = listed(fmts, methods, recipes, settings, common)
     grids = {one.grid: one.config for one in made if one.grid and one.method != PLAIN}
-    wanted = {grid_label(config): config for config in _presets(fmts if presets is None else presets, common)}
-    identity = {"of": _name(train), "training": {k: repr(v) for k, v in training.items()}, "source": _digest(train)}
-    folder = RunFolder(Path(out), identity)
+    wanted = _presets(fmts if presets is None else list(presets), common)
+    folder = RunFolder(Path(out), _identity(train, training))
 
     def casts_of(setting: ComparedSetting) -> dict[str, Config]:
         own = grids if setting.method == PLAIN else {setting.grid: setting.config} if setting.grid else {}
@@ -94,7 +104,12 @@ def compare(
         return train_and_measure(train, setting, seed, casts_of(setting), arguments) | _described(setting)
 
     trained = [one for one in made if one.method != "cast-afterwards"]
-    runs = make_runs(trained, seeds_of(seeds), folder, run, lambda one: list(casts_of(one)), progress=progress)
+
+    def needed(setting: ComparedSetting) -> list[str]:
+        # Only plain training must have them all: it stands for the casts afterwards.
+        return list(casts_of(setting)) if presets is not None or setting.method == PLAIN else []
+
+    runs = make_runs(trained, seeds_of(seeds), folder, run, needed, progress=progress)
     return write(folder, summarize(made, runs, list(wanted)))
 
 
@@ -108,14 +123,14 @@ def listed(
     """The settings of a comparison, plain training first.
 
     Raises:
-        ValueError: a bad one, or two of one name.
+        ComparisonError: a bad one, or two of one name.
     """
     if unfit := [name for name in ("seed", "noise") if name in common]:
-        raise ValueError(f"common: {unfit[0]} is not the same in all settings; accepted are the other arguments")
+        raise ComparisonError(f"common: {unfit[0]} is not the same in all settings; accepted are the other arguments")
     made = [*usual_settings(fmts, methods, recipes, common), *own_settings(settings, common)]
     names = [one.name for one in made]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"two settings have the name {twice[0]!r}: give one of them another")
+        raise ComparisonError(f"two settings have the name {twice[0]!r}: give one of them another")
     return made
 
 
@@ -123,11 +138,11 @@ def seeds_of(seeds: int | Iterable[int]) -> list[int]:
     """The seeds.
 
     Raises:
-        ValueError: none, or no ints.
+        ComparisonError: none, or no ints.
     """
     found = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not found or not all(isinstance(seed, int) and seed >= 0 for seed in found) or len(set(found)) < len(found):
-        raise ValueError(f"seeds must be how many, 1 or more, or different ints of 0 or more, got {seeds!r}")
+        raise ComparisonError(f"seeds must be how many, 1 or more, or different ints of 0 or more, got {seeds!r}")
     return found
 
 
@@ -189,38 +204,66 @@ def _guarded(run: Run, setting: ComparedSetting, seed: int) -> Mapping[str, Any]
     """A run; one that raises is a run that failed, unless the plain one does, without which there is nothing."""
     try:
         return run(setting, seed)
+    except TrainingFunctionError:
+        raise
     except Exception as error:
-        if setting.method == PLAIN or isinstance(error, TypeError):
+        if setting.name == PLAIN:
             raise
         traceback.print_exc(file=sys.stderr)
         return {"failed": f"{type(error).__name__}: {error}"}
 
 
-def _presets(presets: Iterable[str], common: Mapping[str, Any]) -> Iterable[Config]:
-    chosen = {key: value for key, value in common.items() if key in ("include", "exclude")}
-    return [Config.make(preset, noise="none", **chosen) for preset in presets]
+def _presets(presets: Sequence[str], common: Mapping[str, Any]) -> dict[str, Config]:
+    """Settings of the casts to the presets by the labels of their grids."""
+    chosen = {name: value for name, value in common.items() if name in ("include", "exclude", "rules")}
+    found = {}
+    for preset in presets:
+        setting = ComparedSetting(f"preset {preset}", "", {**chosen, "fmt": preset, "noise": "none"}, common=chosen)
+        found[setting.grid] = setting.config
+    return found
 
 
 def _described(setting: ComparedSetting) -> dict[str, Any]:
-    """What else is known of a run: its format as the scaling law takes it, and versions."""
+    """What else is known of a run: its format as `gws_compile.ScalingLaw.fit` takes it, and versions."""
     weights = setting.config.weights
     rows, columns = weights.block
-    fmt = "learned" if weights.learned else weights.fmt.name
+    fmt, block = weights.name, None if rows is None or columns is None else [rows, columns]
+    if weights.learned:
+        fmt = "learned"
+    elif rows is None or (columns is None and rows != 1):
+        fmt += f", {weights.block_text}"  # which the law is not about
+    elif columns is None:
+        block = "channel"  # type: ignore[assignment]
     return {
         "fmt": None if setting.method == PLAIN else fmt,
-        "block": None if rows is None or columns is None else rows * columns,
+        "block": block,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
 
 
+def _identity(train: TrainingFunction, training: Mapping[str, Any]) -> dict[str, Any]:
+    """What all runs of a comparison have in common: runs of another function are not mixed with these."""
+    bound: dict[str, Any] = {}
+    while isinstance(train, functools.partial):
+        bound = {**{f"argument {n}": one for n, one in enumerate(train.args)}, **train.keywords, **bound}
+        train = train.func
+    code = getattr(train, "__code__", None)
+    names = code.co_freevars if code is not None else ()
+    for name, cell in zip(names, getattr(train, "__closure__", None) or (), strict=False):
+        if isinstance(cell.cell_contents, (bool, int, float, str, tuple, type(None))):
+            bound[name] = cell.cell_contents
+    return {
+        "of": f"{getattr(train, '__module__', '')}.{getattr(train, '__qualname__', type(train).__name__)}",
+        "bound": {name: repr(value) for name, value in bound.items()},
+        "training": {name: repr(value) for name, value in training.items()},
+        "source": _digest(train),
+    }
+
+
 def _digest(train: TrainingFunction) -> str:
-    """Of the file that has the training function, so that runs of another state of it are not mixed with these."""
+    """Of the file that has the training function."""
     try:
         file = inspect.getsourcefile(inspect.unwrap(train))
         return "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
     except (TypeError, OSError):  # made by a call, or typed into an interpreter
         return ""
-
-
-def _name(train: TrainingFunction) -> str:
-    return f"{getattr(train, '__module__', '')}.{getattr(train, '__qualname__', type(train).__name__)}"

@@ -15,7 +15,9 @@ from ..config import Config
 from ..numerics.blocks import matrix_shape
 from ..ops.eager import sample_eager
 from ..runtime.sampled_weights import sampling_of
+from ..settings.weight_settings import WeightSettings
 from ..torch_internals.distributed import is_sharded
+from ..weight_names import first_match
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,9 +36,17 @@ class CastWeight:
     dtype: torch.dtype
     batch_dims: int
 
+    def settings(self, config: Config) -> WeightSettings | None:
+        """How it is cast by a backend of these settings; None where it is left alone."""
+        if first_match(self.name, config.exclude) is not None:
+            return None
+        if config.include is not None and first_match(self.name, config.include) is None:
+            return None
+        return config.settings_of(self.name)
+
     def cast(self, config: Config) -> torch.Tensor | None:
         """The weight on the grid that settings say, without noise, in its own dtype; None where they leave it alone."""
-        settings = config.settings_of(self.name)
+        settings = self.settings(config)
         if settings is None:
             return None
         w = self.parameter.detach()
@@ -81,12 +91,12 @@ class Grids:
         return cls(tuple(found), configs)
 
     def stored_bytes(self, label: str) -> int:
-        """Bytes of the weights on a grid, scales included; those that it leaves alone count as bfloat16."""
+        """Bytes of the weights that are cast to a grid, scales included."""
         total = 0
         for weight in self.weights:
-            settings = self.configs[label].settings_of(weight.name)
-            shape = matrix_shape(weight.parameter.shape, weight.batch_dims)
-            total += 2 * math.prod(shape) if settings is None else settings.stored_bytes(*shape)
+            settings = weight.settings(self.configs[label])
+            if settings is not None:
+                total += settings.stored_bytes(*matrix_shape(weight.parameter.shape, weight.batch_dims))
         return total
 
     @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from .compared_settings import METHODS, PLAIN
@@ -13,17 +12,17 @@ from .rows import ComparedRow
 _MARKERS = "os^Dvp*X"
 
 
-def plot_losses(path: Path, rows: Sequence[ComparedRow]) -> list[Path]:
+def losses_figure(rows: Sequence[ComparedRow]) -> Any | None:
     """Deployed loss less that of plain training, by format, a marker for each method.
 
     Rows that are no format with a method stand behind, by their names.
 
     Returns:
-        The file; nothing where there is nothing to compare.
+        A figure of matplotlib; None where there is nothing to compare.
     """
     shown = [row for row in rows if row.minus_plain is not None]
     if not shown:
-        return []
+        return None
     figure = _figure(max(7.0, 1.5 + 0.8 * len({_place(row) for row in shown})), 4.8)
     axes = figure.subplots()
     places = list(dict.fromkeys(_place(row) for row in shown))
@@ -45,19 +44,18 @@ def plot_losses(path: Path, rows: Sequence[ComparedRow]) -> list[Path]:
     axes.set(ylabel="deployed loss - plain", title="Held-out loss of the deployed weights, paired by seed")
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
-    return [path]
+    return figure
 
 
-def plot_robustness(path: Path, rows: Sequence[ComparedRow], labels: Sequence[str]) -> list[Path]:
+def robustness_figure(rows: Sequence[ComparedRow], labels: Sequence[str]) -> Any | None:
     """Loss of each row's weights behind a cast to each preset, less that of plain training.
 
     Returns:
-        The file; nothing where no row has casts.
+        A figure of matplotlib; None where no row has casts.
     """
     shown = [row for row in rows if row.casts]
     if not shown or len(labels) < 2:
-        return []
+        return None
     figure = _figure(9.5, 5.2)
     axes = figure.subplots()
     for number, row in enumerate(shown):
@@ -80,8 +78,7 @@ def plot_robustness(path: Path, rows: Sequence[ComparedRow], labels: Sequence[st
     axes.set(xlabel="cast to", ylabel="loss - plain", title="The same weights, cast to other formats")
     axes.grid(axis="y", alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), fontsize=7, loc="outside right upper")
-    figure.savefig(path, dpi=150)
-    return [path]
+    return figure
 
 
 def _place(row: ComparedRow) -> str:
@@ -89,7 +86,7 @@ def _place(row: ComparedRow) -> str:
 
 
 def _half(value: Any) -> float:
-    return 0.0 if math.isnan(value.half) else value.half
+    return 0.0 if math.isnan(value.half) else float(value.half)
 
 
 def _linear(values: Any) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .compared_settings import ComparedSetting
+from .compared_settings import ComparedSetting, ComparisonError
 
 FORMAT = 1
 """Raised when files of runs change their meaning."""
@@ -26,7 +26,7 @@ class RunFolder:
         identity: what else decides what all runs compute, such as the training function and its arguments.
 
     Raises:
-        ValueError: its runs are of another comparison; the message names what differs.
+        ComparisonError: its runs are of another comparison; the message names what differs.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
@@ -46,18 +46,20 @@ class RunFolder:
         """A finished run; None where there is none, it failed, or lacks one of the casts that are needed.
 
         Raises:
-            ValueError: it was made with other arguments than the setting has now.
+            ComparisonError: it was made with other arguments than the setting has now.
         """
         file = self.file(setting, seed)
         if not file.exists():
             return None
         run: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if run.get("failed"):
+            return None
         if run["arguments"] != setting.text:
-            raise ValueError(
+            raise ComparisonError(
                 f"{self.path} has runs of {setting.name!r} with other arguments ({run['arguments']}, now "
                 f"{setting.text}): give the setting another name, or the comparison another folder"
             )
-        if run.get("failed") or any(label not in run.get("casts", {}) for label in needed):
+        if any(label not in run.get("casts", {}) for label in needed):
             return None
         return run
 
@@ -85,7 +87,7 @@ class RunFolder:
                     "arguments": setting.text,
                     "seed": seed,
                 }
-                made = _finite(made | run())  # as it will be read
+                made = _finite({**made, **run()})  # as it will be read
                 self.write_json(self.file(setting, seed), made)
                 return made
         except Timeout:
@@ -100,13 +102,13 @@ class RunFolder:
     def _hold_to(self, identity: Mapping[str, Any]) -> None:
         file = self._runs / "identity.json"
         now = json.loads(json.dumps(identity))
-        if not file.exists():
+        if not file.exists() or not any(self._runs.glob("*-seed-*[0-9].json")):  # no run has ended yet
             self.write_json(file, identity)
             return
         before = json.loads(file.read_text(encoding="utf-8"))
         for key in sorted(now.keys() | before.keys()):
             if now.get(key) != before.get(key):
-                raise ValueError(
+                raise ComparisonError(
                     f"{self.path} has runs of another comparison, with {key} = {before.get(key)!r}, now "
                     f"{now.get(key)!r}: give another folder"
                 )

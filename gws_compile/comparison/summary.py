@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from .compared_settings import METHODS, PLAIN, ComparedSetting
 from .intervals import Interval
-from .plots import plot_losses, plot_robustness
+from .plots import losses_figure, robustness_figure
 from .rows import UNCAST, ComparedRow
 
 
@@ -47,10 +47,10 @@ class Comparison:
             [
                 (
                     row.name,
-                    _text(row.trained),
-                    _text(row.deployed),
-                    _text(row.minus_plain, sign=True),
-                    _text(row.minus_cast, sign=True),
+                    _text(row.trained, row),
+                    _text(row.deployed, row),
+                    _text(row.minus_plain, row, sign=True),
+                    _text(row.minus_cast, row, sign=True),
                     "" if row.average_bits is None else f"{row.average_bits:.2f}",
                     "" if row.bytes is None else f"{row.bytes / 1024:,.0f}",
                     _remark(row),
@@ -65,11 +65,11 @@ class Comparison:
 
         Empty where no format was trained for by any of the usual methods.
         """
-        usual = {(row.grid, row.method): row.minus_plain for row in self.rows if row.method in METHODS and row.grid}
+        usual = {(row.grid, row.method): row for row in self.rows if row.method in METHODS and row.grid}
         methods = [method for method in METHODS if any(known == method for _, known in usual)]
         grids = list(dict.fromkeys(grid for grid, _ in usual))
         return _markdown(
-            [(grid, *(_text(usual.get((grid, method)), sign=True) for method in methods)) for grid in grids],
+            [(grid, *(_cost(usual.get((grid, method))) for method in methods)) for grid in grids],
             ("format", *(METHODS[method] for method in methods)),
         )
 
@@ -80,7 +80,7 @@ class Comparison:
         """
         return _markdown(
             [
-                (row.name, *(_text(row.casts.get(label), sign=True) for label in (UNCAST, *self.presets)))
+                (row.name, *(_text(row.casts.get(label), row, sign=True) for label in (UNCAST, *self.presets)))
                 for row in self.rows
                 if row.casts
             ],
@@ -94,7 +94,7 @@ class Comparison:
             [
                 (
                     row.name,
-                    _text(row.distances.get(row.grid)),
+                    _text(row.distances.get(row.grid), row),
                     *(_significant(row.figures.get(name)) for name in names),
                 )
                 for row in self.rows
@@ -119,11 +119,16 @@ class Comparison:
         Raises:
             ImportError: matplotlib is missing.
         """
-        folder = Path(folder)
-        return [
-            *plot_losses(folder / "losses.png", self.rows),
-            *plot_robustness(folder / "robustness.png", self.rows, (UNCAST, *self.presets)),
-        ]
+        made = {
+            "losses.png": losses_figure(self.rows),
+            "robustness.png": robustness_figure(self.rows, (UNCAST, *self.presets)),
+        }
+        files = []
+        for name, figure in made.items():
+            if figure is not None:
+                files.append(Path(folder) / name)
+                figure.savefig(files[-1], dpi=150)
+        return files
 
     def __str__(self) -> str:
         parts = [self.table()]
@@ -189,12 +194,15 @@ def _row(
     deployed = {run["seed"]: _cast(run, grid) if from_plain else run.get("deployed") for run in ended}
     good = {seed: loss for seed, loss in deployed.items() if loss is not None}
 
-    def minus(base: Mapping[int, float | None]) -> Interval | None:
-        both = [(loss, base.get(seed)) for seed, loss in good.items()]
-        return Interval.of([loss - other for loss, other in both if other is not None])
+    def minus(base: Mapping[int, float | None], losses: Mapping[int, float | None] = good) -> Interval | None:
+        both = [(loss, base.get(seed)) for seed, loss in losses.items()]
+        return Interval.of([loss - other for loss, other in both if loss is not None and other is not None])
 
     form = UNCAST if from_plain else "deployed"  # eager calls beside eager ones, compiled beside compiled ones
     of_plain = {seed: run.get(form) for seed, run in plain.items()}
+    on_grid = {run["seed"]: _cast(run, grid) for run in ended} if setting.is_of_weights else {}
+    if not any(loss is not None for loss in on_grid.values()):
+        on_grid = good
     casts = {}
     for label in (UNCAST, *presets):
         pairs = [(_cast(run, label), (plain.get(run["seed"]) or {}).get(UNCAST)) for run in ended]
@@ -210,7 +218,7 @@ def _row(
         trained=None if from_plain else Interval.of([r["trained"] for r in ended if r.get("trained") is not None]),
         deployed=Interval.of(list(good.values())),
         minus_plain=None if is_base else minus(of_plain),
-        minus_cast=minus(afterwards) if grid and setting.method != "cast-afterwards" else None,
+        minus_cast=minus(afterwards, on_grid) if grid and setting.method != "cast-afterwards" else None,
         casts=casts,
         distances=_means(ended, "distances"),
         average_bits=sum(widths) / len(widths) if widths else None,
@@ -254,8 +262,15 @@ def _remark(row: ComparedRow) -> str:
     return ", ".join(parts)
 
 
-def _text(value: Interval | None, *, sign: bool = False) -> str:
-    return "" if value is None else value.text(sign=sign)
+def _text(value: Interval | None, row: ComparedRow, *, sign: bool = False) -> str:
+    """An interval, and over how many seeds it is where these are fewer than the row has."""
+    if value is None:
+        return ""
+    return value.text(sign=sign) + (f" ({value.count} seeds)" if value.count < row.seeds else "")
+
+
+def _cost(row: ComparedRow | None) -> str:
+    return "" if row is None else _text(row.minus_plain, row, sign=True)
 
 
 def _significant(value: Interval | None) -> str:

@@ -29,6 +29,10 @@ _RETURNS = (
 )
 
 
+class TrainingFunctionError(TypeError):
+    """A training function returned something else than it has to; the message says what."""
+
+
 @dataclass(frozen=True)
 class Trained:
     """What a training function returned.
@@ -48,14 +52,14 @@ class Trained:
         """Check what came back.
 
         Raises:
-            TypeError: it is something else.
+            TrainingFunctionError: it is something else.
         """
         if not isinstance(returned, tuple) or len(returned) not in (2, 3):
-            raise TypeError(f"{_RETURNS}, got {type(returned).__name__}")
+            raise TrainingFunctionError(f"{_RETURNS}, got {type(returned).__name__}")
         model, evaluate, figures = (*returned, {})[:3]
         if not isinstance(model, nn.Module) or not callable(evaluate) or not isinstance(figures, Mapping):
             kinds = ", ".join(type(one).__name__ for one in returned)
-            raise TypeError(f"{_RETURNS}, got ({kinds})")
+            raise TrainingFunctionError(f"{_RETURNS}, got ({kinds})")
         return cls(model, evaluate, {name: float(value) for name, value in figures.items()})
 
     def loss(self, *, gradients: bool = False, eager: bool = False) -> float:
@@ -74,15 +78,15 @@ class Trained:
         finally:
             self.model.train(training)
 
-    def disables_gradients(self) -> bool:
-        """Whether `evaluate` disables gradients itself, so that its graphs are never those of training."""
+    def leaves_gradients(self) -> bool:
+        """Whether `evaluate` calls the model with gradients as they are around it, which says which graphs it runs."""
         seen: list[bool] = []
         handle = unwrapped(self.model).register_forward_pre_hook(lambda *_: seen.append(torch.is_grad_enabled()))
         try:
             self.loss(gradients=True, eager=True)
         finally:
             handle.remove()
-        return bool(seen) and not all(seen)
+        return bool(seen) and all(seen)
 
 
 def backend_of(setting: ComparedSetting, seed: int) -> Backend:
@@ -112,7 +116,7 @@ def train_and_measure(
         of the weights as they are cast, without noise (of plain training: as they are); ``uncast``, that of the weights
         as they are; ``casts``, the loss by grid, ``distances``, how far the weights lie from each, see
         `Grids.cast_to`, and ``cast_bytes``, what they take there; ``average_bits`` and ``bytes`` of the weights that
-        are cast; ``params``; ``seconds``; ``figures``.
+        are cast; ``params``, how many there are outside of embedding tables; ``seconds``; ``figures``.
 
         ``trained`` and ``deployed`` are losses of compiled calls, the others of eager ones: in float32 they differ in
         the last digits, under bfloat16 autocast in the fourth.
@@ -123,11 +127,16 @@ def train_and_measure(
     trained = Trained.of(train(backend, seed, **training))
     seconds = time.perf_counter() - start
     evaluated = trained.loss()  # of plain training: casts the weights, so that it is known which they are
-    if setting.trains_plain:
-        deployed = with_noise = trained.loss(gradients=True)
-    else:
-        deployed, with_noise = evaluated, _with_noise(trained, backend, evaluated)
+    with_gradients = None
+    if setting.trains_plain or backend.config.draws_noise:
+        with_gradients = _with_gradients(trained)
     model = unwrapped(trained.model)
+    uncast = trained.loss(eager=True)
+    deployed, with_noise = evaluated, with_gradients
+    if setting.trains_plain:
+        deployed = with_noise = uncast if with_gradients is None else with_gradients
+    elif not backend.config.draws_noise:
+        with_noise = evaluated
     known = Grids.of_model(backend, model, grids)
     casts, distances = {}, {}
     for label in grids:
@@ -137,29 +146,35 @@ def train_and_measure(
     return {
         "trained": with_noise,
         "deployed": deployed,
-        "uncast": trained.loss(eager=True),
+        "uncast": uncast,
         "casts": casts,
         "distances": distances,
         "cast_bytes": cast_bytes,
         **_sizes(setting, backend, known),
-        "params": sum(p.numel() for p in model.parameters()),
+        "params": _parameters(model),
         "seconds": seconds,
         "figures": dict(trained.figures),
     }
 
 
-def _with_noise(trained: Trained, backend: Backend, deployed: float) -> float | None:
-    if not backend.config.draws_noise:
-        return deployed
-    if trained.disables_gradients():
-        warnings.warn(
-            "evaluate() disables gradients itself, so that the loss with noise, the trained form, cannot be measured: "
-            "leave torch.no_grad() out of it, gradients are disabled around it where they are not needed",
-            GwsWarning,
-            stacklevel=3,
-        )
-        return None
-    return trained.loss(gradients=True)
+def _with_gradients(trained: Trained) -> float | None:
+    """The loss of compiled calls that are as in training; None, with a warning, where there can be none."""
+    if trained.leaves_gradients():
+        return trained.loss(gradients=True)
+    warnings.warn(
+        "evaluate() disables gradients itself, or calls another model than the one that is returned: the loss with "
+        "noise, the trained form, cannot be measured, and that of plain training is of eager calls. Leave "
+        "torch.no_grad() out of it, gradients are disabled around it where they are not needed",
+        GwsWarning,
+        stacklevel=3,
+    )
+    return None
+
+
+def _parameters(model: nn.Module) -> int:
+    """How many there are outside of embedding tables: the N of scaling laws."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    return sum(p.numel() for p in model.parameters() if id(p) not in tables)
 
 
 def _sizes(setting: ComparedSetting, backend: Backend, known: Grids) -> dict[str, Any]:

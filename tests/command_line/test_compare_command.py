@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import gws_compile
+from gws_compile.command_line import compare
 from gws_compile.command_line.cli import main
 from gws_compile.command_line.compared_settings_file import own_from_file
 from gws_compile.comparison.comparing import listed
@@ -108,7 +109,7 @@ def test_of_a_function(folder, capsys):
         (["--settings", "no.toml", "made_to_compare.py:train"], "No such file or directory: 'no.toml'"),
         (["--auto", "made_to_compare.py:train"], "--auto is of a script and has no effect on the function"),
         (["--loss", "x(.)", "made_to_compare.py:train"], "--loss is of a script and has no effect on the function"),
-        (["made_to_compare.py:broken"], "no text"),
+        (["made_to_compare.py:train", "width=1", "width=2"], "width=2: width is given twice"),
         (["made_to_compare.py"], "no loss in"),
         (["--presets", "int3", "made_to_compare.py"], "--presets has no effect on made_to_compare.py"),
         (["nothing.py"], "can't open file 'nothing.py'"),
@@ -121,6 +122,17 @@ def test_messages(folder, capsys, arguments, message):
     error = capsys.readouterr().err
     assert "gws compare: error: " in error
     assert message in error.partition("gws compare: error: ")[2]
+
+
+def test_what_training_raises_comes_out(folder):
+    with pytest.raises(FileNotFoundError, match="no text"):
+        main([*SHORT, "made_to_compare.py:broken"])
+
+
+def test_values_of_arguments(folder):
+    given = ["a=3", "b=true", "c=True", "d=None", "e=[1, 2]", "f=(1, 2)", "g=some text", "h=", "i=x=y", "j=1e-3"]
+    values = [3, True, True, None, [1, 2], (1, 2), "some text", "", "x=y", 1e-3]
+    assert list(compare._keywords(given).values()) == values
 
 
 def test_a_function_that_returns_something_else(folder):

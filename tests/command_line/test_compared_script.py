@@ -13,7 +13,13 @@ import torch
 import gws_compile
 from gws_compile.command_line import compared_script
 from gws_compile.command_line.cli import main
-from gws_compile.command_line.compared_script import ANY_LOSS, HELD_OUT_LOSS, ComparedScript, as_toml, check_training
+from gws_compile.command_line.compared_script import (
+    ANY_LOSS,
+    HELD_OUT_LOSS,
+    ComparedScript,
+    as_toml,
+    check_script_settings,
+)
 from gws_compile.command_line.options import UsageError
 from gws_compile.command_line.settings_text import from_file
 from gws_compile.comparison.compared_settings import ComparedSetting
@@ -139,6 +145,9 @@ def test_commands(monkeypatch, tmp_path):
         ("held-out loss 3.25 -> held_out_loss=.75", 0.75),
         ("validation loss: nan", float("nan")),
         ("loss of 3 samples\nloss: 4", 4.0),
+        ("val loss 1,234.5", 1234.5),
+        ("val loss 2\nretrieval loss 0.5\ninterval_loss=4\nlatest loss: 3.2", 2.0),
+        ("eval loss: information\nloss 3", 3.0),
     ],
 )
 def test_how_losses_are_printed(monkeypatch, tmp_path, output, loss):
@@ -164,6 +173,22 @@ def test_what_goes_wrong(monkeypatch, tmp_path):
         run_of(monkeypatch, tmp_path, "loss: 2", report=left, setting=own)
 
 
+def test_modules(monkeypatch, tmp_path):
+    """Found as ``python -m`` finds them, and told apart by their text."""
+    monkeypatch.chdir(tmp_path)
+    package = tmp_path / "to_compare"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    with pytest.raises(UsageError, match="no module named 'to_compare'"):
+        ComparedScript("to_compare", module=True)
+    (package / "__main__.py").write_text("print('loss 1')")
+    before = ComparedScript("to_compare", module=True).identity
+    (package / "__main__.py").write_text("print('loss 2')")
+    assert ComparedScript("to_compare", module=True).identity != before
+    with pytest.raises(UsageError, match="no module named 'nothing_there'"):
+        ComparedScript("nothing_there", module=True)
+
+
 def test_the_environment_does_not_win(monkeypatch, tmp_path):
     monkeypatch.setenv("GWS_FMT", "int8")
     with pytest.warns(GwsWarning, match="GWS_FMT has no effect on a comparison"):
@@ -182,10 +207,12 @@ def test_seeds_that_make_no_difference():
 
 def test_what_a_setting_may_say_of_a_script():
     good = ComparedSetting("good", "", {"fmt": "int3"}, {"arguments": ["--lr", "3"]})
-    check_training([good])
+    check_script_settings([good])
+    with pytest.raises(UsageError, match="setting 'learned': learned widths and trained levels are parameters"):
+        check_script_settings([ComparedSetting("learned", "", {"bits": gws_compile.LearnedBits()})])
     for training in ({"lr": 3}, {"arguments": "--lr 3"}, {"arguments": [3]}):
         with pytest.raises(UsageError, match=r"setting 'bad': of a script, training is \{arguments = \[texts\]\}"):
-            check_training([good, ComparedSetting("bad", "", {"fmt": "int3"}, training)])
+            check_script_settings([good, ComparedSetting("bad", "", {"fmt": "int3"}, training)])
 
 
 @pytest.mark.parametrize(

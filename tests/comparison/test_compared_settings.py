@@ -60,6 +60,15 @@ def test_labels_of_grids(arguments, label):
         assert found == label
 
 
+def test_labels_beside_what_is_common():
+    """What all settings say is not said in a label; what one says by itself is, as it has another cast."""
+    common = {"exclude": ("head.*",), "rules": (("a", None),)}
+    same, other = own_settings({"same": {"fmt": "int3"}, "other": {"fmt": "int3", "exclude": ("b", "c")}}, common)
+    assert same.grid == "int3"
+    assert other.grid == "int3, exclude b c"
+    assert grid_label(Config.make("int3", exclude=None)) == "int3, exclude nothing"
+
+
 def test_own_settings():
     made = list(
         own_settings(
@@ -85,6 +94,7 @@ def test_own_settings():
         ({"settings": {"a": {"bits": 99}}}, "setting 'a': bits must"),
         ({"settings": {"a": 3}}, "setting 'a' must have arguments of gws_compile.backend by name, got 3"),
         ({"settings": {"a": {"training": 3}}}, "setting 'a' must have arguments"),
+        ({"common": {"sparsity": "2:4"}}, "setting 'int4, cast afterwards': learned widths, .* are no cast of a plain"),
         ({"settings": {"plain": {}}}, "two settings have the name 'plain'"),
         ({"common": {"seed": 1}}, "common: seed is not the same in all settings"),
     ],

@@ -1,5 +1,6 @@
 """Comparisons as a whole: what is trained and what is not trained again, and who waits for whom."""
 
+import functools
 import json
 import threading
 
@@ -110,11 +111,43 @@ def test_other_comparisons_are_refused(tmp_path):
     train.runs = []
     with pytest.raises(ValueError, match=r"runs of another comparison, with training = \{\}, now \{'scale': '2.0'\}"):
         gws_compile.compare(train, **ARGUMENTS, training={"scale": 2.0}, out=tmp_path)
+    with pytest.raises(ValueError, match=r"with bound = \{\}, now \{'scale': '2.0'\}"):
+        gws_compile.compare(functools.partial(train, scale=2.0), **ARGUMENTS, out=tmp_path)
+    assert not train.runs
     own = {**ARGUMENTS, "settings": {"mine": {"fmt": "int4"}}}
     gws_compile.compare(train, **own, out=tmp_path)
     own["settings"] = {"mine": {"fmt": "int2"}}
     with pytest.raises(ValueError, match="runs of 'mine' with other arguments"):
         gws_compile.compare(train, **own, out=tmp_path)
+
+
+def test_what_functions_close_over_tells_them_apart():
+    def made(scale):
+        model = object()
+        return lambda backend, seed: (scale, model)
+
+    one, other, again = (comparing._identity(made(scale), {}) for scale in (1.0, 2.0, 1.0))
+    assert one != other
+    assert one == again
+
+
+def test_a_wrong_argument_takes_no_folder(tmp_path):
+    """Only runs that have ended make a folder that of one comparison."""
+    train = Training()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'scales'"):
+        gws_compile.compare(train, **ARGUMENTS, training={"scales": 1.0}, out=tmp_path)
+    assert gws_compile.compare(train, **ARGUMENTS, training={"scale": 1.0}, out=tmp_path)["plain"].seeds == 2
+
+
+def test_a_format_that_is_added(tmp_path):
+    """Plain training is made again, for its cast; what was trained for other formats is not, unless presets ask."""
+    train = Training()
+    gws_compile.compare(train, **ARGUMENTS, out=tmp_path)
+    train.runs = []
+    found = gws_compile.compare(train, **{**ARGUMENTS, "fmts": ["int3", "int2"]}, out=tmp_path)
+    assert train.runs == [*PLAIN, ("int2", "none", 0), ("int2", "none", 1)]
+    assert set(found["int3, straight-through"].casts) == {"uncast", "int3"}
+    assert set(found["int2, straight-through"].casts) == {"uncast", "int3", "int2"}
 
 
 def test_processes_share_a_comparison(tmp_path, monkeypatch):

@@ -77,12 +77,26 @@ def test_restored_behind_an_error():
 
 
 def test_bytes():
-    """3 bits an element and 4 bytes a block of 32 x 32; two bytes for what is left alone."""
+    """3 bits an element and 4 bytes a block of 32 x 32; what is left alone does not count."""
     _, grids = model_and_grids()
     blocks = 2 * 2 + 2 * 1 + 3 * 2 * 2
     assert grids.stored_bytes("int3") == (48 * 40 + 40 * 15 + 3 * 48 * 40) * 3 // 8 + 4 * blocks
     conv, experts = 40 * 15 // 2 + 2, 3 * 48 * 40 // 4 + 4 * 12
-    assert grids.stored_bytes("fp4") == 2 * 48 * 40 + conv + experts
+    assert grids.stored_bytes("fp4") == conv + experts
+
+
+def test_names_that_are_left_out():
+    """Other weights than a backend of these settings would cast stay as they are."""
+    model = Mixed()
+    backend = gws_compile.backend("fp8_e4m3", inner="eager", noise="none")
+    with torch.no_grad():
+        torch.compile(model, backend=backend)(torch.randn(2, 3, 9))
+    configs = {"a": Config.make("int3", exclude="fc.*"), "b": Config.make("int3", include="fc.*", exclude=())}
+    grids = Grids.of_model(backend, model, configs)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for label, cast in (("a", {"conv.weight", "experts"}), ("b", {"fc.weight"})):
+        with grids.cast_to(label):
+            assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == cast
 
 
 def test_nothing_cast():

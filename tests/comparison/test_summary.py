@@ -6,6 +6,7 @@ import pytest
 from scipy import stats
 
 from gws_compile.comparison.compared_settings import ComparedSetting
+from gws_compile.comparison.plots import losses_figure, robustness_figure
 from gws_compile.comparison.summary import summarize
 
 SETTINGS = [
@@ -108,6 +109,19 @@ def test_tables():
 
 def test_pictures(tmp_path):
     """Every row with a difference is a point, every row with casts a line."""
+    (losses,), (robustness,) = losses_figure(FOUND.rows).axes, robustness_figure(FOUND.rows, ("uncast", "int3")).axes
+    assert [text.get_text() for text in losses.get_xticklabels()] == ["int3", "int3, longer"]
+    points = {bars.get_label(): bars.lines[0].get_xydata().tolist() for bars in losses.containers}
+    assert {name: [y for _, y in xy] for name, xy in points.items()} == {
+        "cast afterwards": [FOUND["int3, cast afterwards"].minus_plain.mean],
+        "straight-through": [FOUND["int3, straight-through"].minus_plain.mean],
+        "own settings": [FOUND["int3, longer"].minus_plain.mean],
+    }
+    places = [x for xy in points.values() for x, _ in xy]
+    assert places == pytest.approx([0, 0, 1], abs=0.5)
+    lines = {bars.get_label(): bars.lines[0].get_ydata().tolist() for bars in robustness.containers}
+    assert lines == {row.name: [value.mean for value in row.casts.values()] for row in FOUND.rows if row.casts}
+    assert len(lines) == 4
     files = FOUND.plot(tmp_path)
     assert [file.name for file in files] == ["losses.png", "robustness.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)

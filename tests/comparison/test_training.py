@@ -84,7 +84,7 @@ def test_plain():
         assert run["trained"] == run["deployed"] == run["uncast"] == plain
         for fmt in GRIDS:
             assert run["casts"][fmt] == call(model, x, lambda name, w, fmt=fmt: gws_compile.quantize(w, fmt)).item()
-    assert run["params"] == 2 * 40 * 72 + 40 + 72
+    assert run["params"] == 2 * 40 * 72 + 40 + 72  # no embedding table
     assert run["bytes"] == 2 * 2 * 40 * 72
     assert run["cast_bytes"]["int3"] == 2 * 40 * 72 * 3 // 8 + 4 * 2 * (3 * 2)
     assert run["average_bits"] is None
@@ -120,6 +120,10 @@ def test_gradients_disabled_by_the_users_function():
         run = train_and_measure(careless, setting("", fmt="int3"), 0, GRIDS, {})
     assert run["trained"] is None
     assert run["deployed"] == run["casts"]["int3"]
+    with pytest.warns(gws_compile.GwsWarning, match="that of plain training is of eager calls"):
+        run = train_and_measure(careless, setting("plain", noise="none"), 0, GRIDS, {})
+    assert run["trained"] == run["deployed"] == run["uncast"]
+    assert run["deployed"] != run["casts"]["int3"]
 
 
 def test_a_cast_alone_has_one_form():
