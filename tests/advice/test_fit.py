@@ -282,3 +282,18 @@ def test_a_file_without_runs(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         read_runs(path)
+
+
+def test_runs_of_a_comparison():
+    """Of its methods those that the law is about are fitted to; runs without a loss say nothing."""
+    of_one = {"params": 1e8, "tokens": 1e9, "loss": 3.0, "fmt": "fp4_e2m1", "block": [32, 32]}
+    given = [
+        {**of_one, "fmt": None, "method": "plain"},
+        {**of_one, "method": "straight-through"},
+        {**of_one, "method": "rounded-normal"},
+        {**of_one, "method": "straight-through", "fmt": "nvfp4"},
+        {**of_one, "method": "straight-through", "loss": None},
+    ]
+    with pytest.warns(GwsWarning, match="3 of 5 runs are left out of the fit: 1 of other methods than a straight-thr"):
+        kept = check_runs(given)
+    assert [(run.fmt is None, run.block) for run in kept] == [(True, 1024), (False, 1024)]

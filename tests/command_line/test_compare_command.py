@@ -1,6 +1,7 @@
 """``gws compare``."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -148,11 +149,16 @@ def test_settings_of_ones_own(folder):
     }
 
 
-def test_the_settings_of_the_documentation():
+def test_the_settings_of_the_documentation(tmp_path):
     """They are good ones, and none of them is another by another name."""
-    own = own_from_file(Path(gws_compile.__file__).parents[1] / "examples" / "compare_more.toml")
-    made = listed([], [], [], own, {})
+    root = Path(gws_compile.__file__).parents[1]
+    made = listed([], [], [], own_from_file(root / "examples" / "compare_more.toml"), {})
     assert len({one.text for one in made}) == len(made) > 10
+    (listing,) = re.findall(r"```toml\n(.*?)```", (root / "docs" / "comparing.md").read_text(), re.DOTALL)
+    (tmp_path / "own.toml").write_text(listing)
+    own = {one.name: one for one in listed([], [], [], own_from_file(tmp_path / "own.toml"), {})}
+    assert own["plain, twice the rate"].trains_plain
+    assert own["int3, twice the rate"].training == own["plain, twice the rate"].training == {"lr": 0.008}
 
 
 @pytest.mark.parametrize(

@@ -109,17 +109,21 @@ def test_tables():
 
 def test_pictures(tmp_path):
     """Every row with a difference is a point, every row with casts a line."""
-    (losses,), (robustness,) = losses_figure(FOUND.rows).axes, robustness_figure(FOUND.rows, ("uncast", "int3")).axes
-    assert [text.get_text() for text in losses.get_xticklabels()] == ["int3", "int3, longer"]
-    points = {bars.get_label(): bars.lines[0].get_xydata().tolist() for bars in losses.containers}
-    assert {name: [y for _, y in xy] for name, xy in points.items()} == {
-        "cast afterwards": [FOUND["int3, cast afterwards"].minus_plain.mean],
-        "straight-through": [FOUND["int3, straight-through"].minus_plain.mean],
-        "own settings": [FOUND["int3, longer"].minus_plain.mean],
-    }
-    places = [x for xy in points.values() for x, _ in xy]
-    assert places == pytest.approx([0, 0, 1], abs=0.5)
-    lines = {bars.get_label(): bars.lines[0].get_ydata().tolist() for bars in robustness.containers}
+
+    def drawn(panel):
+        return {bars.get_label(): bars.lines[0].get_xydata().tolist() for bars in panel.containers}
+
+    by_method, by_name = losses_figure(FOUND.rows).axes
+    assert [text.get_text() for text in by_method.get_xticklabels()] == ["int3"]
+    (cast,), (straight,) = (drawn(by_method)[name] for name in ("cast afterwards", "straight-through"))
+    assert -0.5 < cast[0] < straight[0] < 0.5
+    assert cast[1] == FOUND["int3, cast afterwards"].minus_plain.mean
+    assert straight[1] == FOUND["int3, straight-through"].minus_plain.mean
+    assert [text.get_text() for text in by_name.get_yticklabels()] == ["int3, longer"]
+    assert drawn(by_name) == {"own settings": [[FOUND["int3, longer"].minus_plain.mean, 0]]}
+    lines = {}
+    for panel in robustness_figure(FOUND.rows, ("uncast", "int3")).axes:
+        lines |= {name: [y for _, y in points] for name, points in drawn(panel).items()}
     assert lines == {row.name: [value.mean for value in row.casts.values()] for row in FOUND.rows if row.casts}
     assert len(lines) == 4
     files = FOUND.plot(tmp_path)
