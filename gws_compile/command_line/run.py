@@ -141,7 +141,8 @@ def _check_plain(parsed: argparse.Namespace) -> None:
         UsageError: it does.
     """
     for one in gc.get_objects():
-        if isinstance(one, Backend) and one.graphs and not isinstance(one, CastAfterwards):
+        kind = type(one)  # isinstance asks the object, which may be a weak proxy of one that has gone
+        if issubclass(kind, Backend) and not issubclass(kind, CastAfterwards) and one.graphs:
             option = "--plain" if parsed.plain else "--cast-afterwards"
             raise UsageError(
                 f"{option}: the script compiles with a gws backend of its own ({one.config.weights.name}), so this was "

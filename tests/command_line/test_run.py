@@ -10,6 +10,8 @@ import textwrap
 
 import pytest
 
+from gws_compile.command_line.cli import main
+
 GWS = [sys.executable, "-m", "gws_compile", "run"]
 
 MODEL = """
@@ -344,3 +346,64 @@ def test_help_is_made_from_the_settings(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     assert "run an unmodified training script" in " ".join(capsys.readouterr().out.split())
+
+
+def losses_of(output):
+    return [float(line.split()[1]) for line in output.splitlines() if line.startswith("loss ")]
+
+
+@pytest.mark.slow
+def test_what_a_run_is_compared_with(folder):
+    """Plain training with the seed given is that of the script with it; with the cast it is the same training."""
+    path = write(
+        folder,
+        "train.py",
+        """
+        import sys
+        sys.path.insert(0, "..")
+        import random, numpy, torch
+        from nets import Net, train
+        model = Net()
+        compiled = torch.compile(model, backend=sys.argv[1]) if sys.argv[1:] else torch.compile(model)
+        print("loss", train(model, compiled))
+        print("drawn", random.random(), numpy.random.rand(), torch.rand(1).item())
+        x = torch.randn(8, 40, generator=torch.Generator().manual_seed(3))
+        with torch.no_grad():
+            print("loss", compiled(x).square().mean().item())
+        """,
+    )
+    command = [*GWS, "--random-seed", "5", "--plain", path]
+    plain = start(command, folder)
+    assert start(command, folder).stdout == plain.stdout
+    seeding = "import random, numpy, torch; [seed(5) for seed in (random.seed, numpy.random.seed, torch.manual_seed)]"
+    seeded = start([sys.executable, "-c", f"{seeding}; exec(open({path!r}).read())"], folder)
+    assert seeded.stdout == plain.stdout
+    cast = start([*GWS, "--random-seed", "5", "--cast-afterwards", "--fmt", "int3", path], folder)
+    assert "2 of 2 weights rewritten" in cast.stderr
+    (trained, evaluated), (same, after) = losses_of(plain.stdout), losses_of(cast.stdout)
+    assert trained == same
+    assert cast.stdout.splitlines()[1] == plain.stdout.splitlines()[1]
+    assert evaluated != after
+    refused = start([*GWS, "--plain", path, "gws"], folder)
+    assert refused.returncode == 2
+    assert (
+        "--plain: the script compiles with a gws backend of its own (fp8_e4m3), so this was no plain" in refused.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--plain", "--auto"], "--plain leaves the script alone: --auto has no effect beside it"),
+        (["--plain", "--fmt", "int3"], "--plain leaves the script alone: --fmt has no effect beside it"),
+        (["--plain", "--cast-afterwards"], "not allowed with argument --plain"),
+        (["--random-seed", "-1"], "--random-seed -1: accepted are 0 to 2**32 - 1"),
+    ],
+)
+def test_options_that_contradict(capsys, options, message):
+    try:
+        code = main(["run", *options, "train.py"])
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    assert message in capsys.readouterr().err
