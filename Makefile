@@ -10,7 +10,7 @@ demo: $(STAMP)  ## train a small Llama, plain and with PQT, side by side, and ex
 	$(BIN)/python examples/train_gpt.py --model llama $(ARGS)
 
 test: $(STAMP)  ## the default test suite
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: lint types test  ## everything that CI runs
 
@@ -36,7 +36,7 @@ test-torch:  ## the tests on another torch: make test-torch TORCH=2.15.0 [ARGS=t
 	@test -n "$(TORCH)" || (echo "which torch? make test-torch TORCH=2.15.0" && false)
 	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
 	$(OTHER)/bin/python -m pip install -q torch==$(TORCH) -e '.[dev,examples]'
-	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(OTHER)/inductor $(OTHER)/bin/python -m pytest -n 2 \
+	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(OTHER)/inductor $(OTHER)/bin/python -m pytest -n 2 --dist loadfile \
 	    --junitxml=$(OTHER)/results.xml $(ARGS) || true
 	$(OTHER)/bin/python benchmarks/torch_versions.py $(OTHER)/results.xml $(ARGS)
 

@@ -1,6 +1,8 @@
 """The training functions of the comparison, what they tell of a run, and the page of the experiment."""
 
+import dataclasses
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -8,6 +10,10 @@ import pytest
 import torch
 
 import gws_compile
+from gws_compile.command_line.compared_settings_file import own_from_file
+from gws_compile.comparison.compared_settings import DEFAULT_METHODS
+from gws_compile.comparison.comparing import listed
+from gws_compile.comparison.summary import summarize
 
 for package in ("matplotlib", "tqdm", "transformers"):
     pytest.importorskip(package)
@@ -105,3 +111,49 @@ def test_the_size_of_the_noise():
     relative = {name: float((w - value).double().norm() / w.double().norm()) for name, value in expected.items()}
     assert bits == 3.0
     assert (cast, noisy) == pytest.approx((relative["cast"], relative["noisy"]), rel=1e-9)
+
+
+FORMATS = ("fp8_e4m3", "fp6_e3m2", "fp4_e2m1", "nvfp4", "int4", "int3", "int2")
+
+
+def of_the_page(kind):
+    """The comparison of the page, from its runs, and its settings."""
+    content = json.loads((ROOT / "docs" / "data" / f"compare-{kind}.json").read_text())
+    own = own_from_file(ROOT / "examples" / "compare_more.toml") if kind == "llama" else {}
+    settings = listed(FORMATS, DEFAULT_METHODS, (), own, {})
+    return summarize(settings, content["runs"], FORMATS), settings
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_page_shows_what_its_data_says(kind):
+    """Its tables are those of the runs, of which each setting has three."""
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    found, settings = of_the_page(kind)
+    assert {row.seeds for row in found.rows} == {3}
+    assert len(found.rows) == len(settings)
+    assert found.methods_table() in page
+    if kind == "llama":
+        shown = {line.partition(" |")[0] for line in page.splitlines() if line.startswith("| ")}
+        own = [row for row in found.rows if row.method in ("", "plain") and row.name != "plain"]
+        assert {f"| {row.name}" for row in own} <= {name.rstrip() for name in shown}
+        assert only(found, own).table() in page
+        robust = [found[name] for name in ROBUST]
+        assert only(found, robust).robustness_table() in page
+        told = [row for row in found.rows if row.method in ("plain", "straight-through", "rounded-normal")]
+        assert only(found, told).figures_table() in page
+
+
+ROBUST = (
+    "plain",
+    "int3, straight-through",
+    "int2, straight-through",
+    "fp4_e2m1, rounded normal noise",
+    "int3, rounded normal noise",
+    "int2, rounded normal noise",
+    "int3, uniform noise",
+    "int2, uniform noise",
+)
+
+
+def only(found, rows):
+    return dataclasses.replace(found, rows=tuple(rows))
