@@ -17,6 +17,8 @@ from ..numerics.presets import PRESETS
 from .law import COMPUTE_PER_BIT, Budget, LossTerms, ScalingLaw, Split, splits
 from .quantities import Block, check_block, positive, quantity
 
+_FEWEST = 3
+
 _BF16 = FloatFormat.make(8, 7, name="bf16")
 
 
@@ -215,6 +217,7 @@ def advise(
     if params is not None and tokens is not None:
         rows.append(_row(law, None, params, tokens, None, block))
     budget = law.best_budget(compute, block) if compute is not None and params is None and tokens is None else None
+    best_bits = None if tokens is None else law.best_bits(tokens, block)
     known = [row for row in rows if row.params is not None]
     compared = [_BF16] if any(row.terms for row in known) else []
     found = [(row.params, row.tokens) for row in known] + ([(budget.params, budget.tokens)] if budget else [])
@@ -225,7 +228,7 @@ def advise(
         compute=compute,
         formats=tuple(known),
         split=split,
-        best_bits=None if tokens is None else law.best_bits(tokens, block),
+        best_bits=best_bits,
         best_format=None if tokens is None else law.best_format(tokens, block),
         best_budget=budget,
         extrapolated=law.scope.beyond(
@@ -234,7 +237,7 @@ def advise(
             dict.fromkeys([*formats, *compared]) if known else [],
             block,
         ),
-        notes=tuple(_notes(formats) if known else ()),
+        notes=(*(_notes(formats) if known else ()), *_below(best_bits, None if budget is None else budget.bits)),
         law=law,
     )
 
@@ -293,6 +296,13 @@ def _row(
         over = terms.precision - bf16.precision
         past = None if critical is None else tokens > critical
     return FormatAdvice(fmt, bits, params, tokens, terms, over, critical, past)
+
+
+def _below(*bits: float | None) -> Iterator[str]:
+    """What to say of best bits that no float format has."""
+    for found in bits:
+        if found is not None and found < _FEWEST:
+            yield f"{found:.3f} bits are fewer than a sign, an exponent and a mantissa bit take: no format is like it"
 
 
 def _notes(formats: Iterable[FloatFormat]) -> Iterable[str]:

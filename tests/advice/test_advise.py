@@ -310,3 +310,13 @@ def test_quantities_that_are_none(text):
 )
 def test_quantities_are_written(value, text):
     assert quantity(value) == text
+
+
+@pytest.mark.parametrize(("asked", "bits"), [({"tokens": 1e4}, "1.103"), ({"compute": 1e12}, "2.459")])
+def test_fewer_bits_than_a_format_has(asked, bits):
+    found = advise(**asked)
+    assert found.notes == (
+        f"{bits} bits are fewer than a sign, an exponent and a mantissa bit take: no format is like it",
+    )
+    assert f"note: {bits} bits" in str(found).replace("\n  ", " ")
+    assert not advise(tokens=1e11).notes
