@@ -298,7 +298,7 @@ def _row(
     return FormatAdvice(fmt, bits, params, tokens, terms, over, critical, past)
 
 
-def _below(*bits: float | None) -> Iterator[str]:
+def _below(*bits: float | None) -> Iterable[str]:
     """What to say of best bits that no float format has."""
     for found in bits:
         if found is not None and found < _FEWEST:
