@@ -103,7 +103,7 @@ def test_a_comparison_trains_each_once_and_takes_differences_by_seeds(tmp_path, 
     data = json.loads(file.read_text())
     assert data["versions"].keys() == {"python", "torch", "schedulefree"}
     assert data["settings"]["dtype"] == "float32"
-    half = 12.706 / 2  # of the 95 % interval: Student's t with one degree of freedom, of two values that differ by 1
+    half = 12.7062 / 2  # of the 95 % interval: Student's t with one degree of freedom, of two values that differ by 1
     first, second = compare_optimizers.rows(data["runs"])
     assert first.plain == pytest.approx((2.5, half))
     assert second.cast == pytest.approx((3.3125, 1.125 * half))
