@@ -26,7 +26,8 @@ def losses_figure(rows: Sequence[ComparedRow]) -> Any | None:
     if not shown:
         return None
     heights = [4.4] * bool(usual) + [1.2 + 0.25 * len(own)] * bool(own)
-    figure = _figure(max(7.0, 1.5 + 0.8 * len({row.grid for row in usual})), sum(heights))
+    width = 1.5 + 0.8 * len({row.grid for row in usual}) + (0.06 * max(len(row.name) for row in own) if own else 0.0)
+    figure = _figure(max(7.0, width), sum(heights))
     panels = list(figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
     linear = _linear(row.minus_plain.mean for row in shown if row.minus_plain)
     if usual:
@@ -54,7 +55,7 @@ def robustness_figure(rows: Sequence[ComparedRow], labels: Sequence[str]) -> Any
     groups = groups or {"": []}
     columns = min(2, len(groups))
     lines = math.ceil(len(groups) / columns)
-    figure = _figure(7.2 * columns, 4.6 * lines)
+    figure = _figure(9.0 * columns, 4.6 * lines)
     panels = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten()
     means = [value.mean for row in shown for value in row.casts.values()]
     for panel, (name, members) in zip(panels, groups.items(), strict=False):
@@ -65,7 +66,7 @@ def robustness_figure(rows: Sequence[ComparedRow], labels: Sequence[str]) -> Any
         panel.set_yscale("symlog", linthresh=_linear(means))
         panel.set(xlabel="cast to", ylabel="loss - plain", title=f"The same weights, cast to other formats: {name}")
         panel.grid(axis="y", alpha=0.3)
-        panel.legend(fontsize=6, ncols=1 + len(members) // 12)
+        panel.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.01, 0.5))
     for panel in panels[len(groups) :]:
         panel.axis("off")
     return figure
@@ -87,7 +88,7 @@ def _by_method(panel: Any, rows: Sequence[ComparedRow], linear: float) -> None:
         )
     panel.axhline(0, color="gray", linestyle="--", label="plain")
     panel.set_xticks(range(len(grids)), grids, rotation=20, ha="right")
-    panel.set_yscale("symlog", linthresh=linear)
+    panel.set_yscale("symlog", linthresh=linear, linscale=2)
     panel.set(ylabel="deployed loss - plain")
     panel.grid(axis="y", alpha=0.3)
     panel.legend(fontsize=8)
@@ -105,7 +106,7 @@ def _by_name(panel: Any, rows: Sequence[ComparedRow], linear: float) -> None:
     panel.axvline(0, color="gray", linestyle="--")
     panel.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
     panel.invert_yaxis()
-    panel.set_xscale("symlog", linthresh=linear)
+    panel.set_xscale("symlog", linthresh=linear, linscale=2)
     panel.set(xlabel="deployed loss - plain")
     panel.grid(axis="x", alpha=0.3)
 
