@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..settings.nearest import nearest
-from .settings_text import NAMES, checked
+from .settings_text import NAMES, checked, read_toml
 
 TRAINING = "training"
 """The key with arguments of the training function, or of the script."""
@@ -23,12 +22,8 @@ def own_from_file(path: str | Path) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: no TOML, an unknown key, or a bad value. OSError: no such file.
     """
-    try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not TOML: {error}") from None
     found = {}
-    for name, table in content.items():
+    for name, table in read_toml(path).items():
         if not isinstance(table, Mapping):
             raise ValueError(
                 f"{path}: {name} = {table!r} is no table; a setting is [{name!r}] with its arguments below"

@@ -102,13 +102,22 @@ def from_file(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: no TOML, an unknown key, or a bad value. OSError: no such file.
     """
-    try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not TOML: {error}") from None
+    content = read_toml(path)
     if unknown := [key for key in content if key not in NAMES]:
         raise ValueError(f"{path}: unknown key {unknown[0]!r}: {nearest(unknown[0], NAMES)}")
     return {name: checked(name, value, f"{path}: {name} = {value!r}") for name, value in content.items()}
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """What a TOML file holds.
+
+    Raises:
+        ValueError: it is none; the message names it. OSError: no such file.
+    """
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not TOML: {error}") from None
 
 
 def checked(name: str, value: Any, source: str) -> Any:
