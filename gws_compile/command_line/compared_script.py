@@ -207,10 +207,16 @@ def _told_by(report: Path, setting: ComparedSetting, *, auto: bool) -> dict[str,
     """Average width and bytes, from the report of ``gws run``."""
     if setting.method == PLAIN:
         return {"average_bits": None, "bytes": None}
-    weights = json.loads(report.read_text(encoding="utf-8"))["weights"] if report.exists() else []
-    cast = [one for one in weights if one["rewritten"]]
+    content = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {"weights": [], "graphs": []}
+    cast = [one for one in content["weights"] if one["rewritten"]]
+    how = "" if auto else "; with --auto its models are compiled as they are called"
+    if all(graph["gradients"] for graph in content["graphs"]):
+        raise NoLossError(
+            "no compiled call had gradients disabled, so that the loss that it prints is not that of weights that are "
+            "cast: it has to evaluate the model that it compiles, under torch.no_grad(). The Hugging Face Trainer with "
+            f"torch_compile=True evaluates the one inside: leave that out{how}"
+        )
     if not cast:
-        how = "" if auto else "; with --auto its models are compiled as they are called"
         raise NoLossError(f"no weight was cast, so this was ordinary training{how}")
     sizes = [one["stored_bytes"] for one in cast]
     widths = [(one["bits"], one["shape"]) for one in cast if one["bits"] is not None]

@@ -129,6 +129,7 @@ class RunReport:
                 "calls": self.calls.to_dict(),
                 "weights": json.loads(report.to_json()),
                 "products": report.to_dict()["products"],
+                "graphs": [graph for one in reports for graph in one.to_dict()["graphs"]],
                 "plain_steps": plain,
             }
             file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -95,8 +95,8 @@ def namespace():
     return found
 
 
-def run_of(monkeypatch, tmp_path, output="", code=0, report=None, setting=None, **arguments):
-    """A run whose process is played."""
+def run_of(monkeypatch, tmp_path, output="", code=0, report=None, setting=None, graphs=(True, False), **arguments):
+    """A run whose process is played; ``graphs`` says of each whether it had gradients."""
     script = tmp_path / "script.py"
     script.touch()
     folder = RunFolder(tmp_path / "found", {})
@@ -106,7 +106,9 @@ def run_of(monkeypatch, tmp_path, output="", code=0, report=None, setting=None, 
         seen.update(command=command, env=env)
         stdout.write(output)
         if report is not None:
-            Path(command[command.index("--report") + 1]).write_text(json.dumps({"weights": report}))
+            Path(command[command.index("--report") + 1]).write_text(
+                json.dumps({"weights": report, "graphs": [{"gradients": one} for one in graphs]})
+            )
         return subprocess.CompletedProcess(command, code)
 
     monkeypatch.setattr(compared_script.subprocess, "run", run)
@@ -171,6 +173,10 @@ def test_what_goes_wrong(monkeypatch, tmp_path):
     own = ComparedSetting("own", "", {"fmt": "int3"})
     with pytest.raises(RuntimeError, match="no weight was cast, so this was ordinary training; with --auto"):
         run_of(monkeypatch, tmp_path, "loss: 2", report=left, setting=own)
+    weights = [{"rewritten": True, "bits": 3.0, "shape": [2, 4], "stored_bytes": 7}]
+    for graphs in ((True, True), ()):  # evaluated eagerly: what is printed is a loss of weights as they are
+        with pytest.raises(RuntimeError, match="no compiled call had gradients disabled, so that the loss that it pri"):
+            run_of(monkeypatch, tmp_path, "loss: 2", report=weights, setting=own, graphs=graphs)
 
 
 def test_modules(monkeypatch, tmp_path):
