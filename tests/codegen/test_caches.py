@@ -103,6 +103,7 @@ def test_what_computes_otherwise_misses(process, cold, change):
     assert (changed["used"] != cold["used"]) == (not change.keys() & {"backward", "stale"})
 
 
+@pytest.mark.slow
 def test_recipes_are_seen(process):
     """A second process hits both caches and computes the same; its report has the products, of which none came by.
 

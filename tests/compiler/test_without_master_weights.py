@@ -128,7 +128,7 @@ class Ramp(nn.Module):
         return x @ self.weight
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("rounding", [pytest.param("nearest", marks=pytest.mark.slow), "stochastic"])
 def test_small_updates_stall_when_rounded_to_nearest_and_drift_when_rounded_by_chance(rounding):
     """200 updates of a twentieth of a step: the mean moves by 10 steps, as the sum of as many coin throws does."""
     model = Ramp()

@@ -112,9 +112,9 @@ def test_a_comparison_trains_each_once_and_takes_differences_by_seeds(tmp_path, 
     capsys.readouterr()
     compare_optimizers.main(["report", str(file)])
     shown = re.sub(" +", " ", capsys.readouterr().out)
-    assert "| torch AdamW | 2.8125 ± 7.1471 | | 2.5000 ± 6.3530 | +0.3125 ± 0.7941 | 4 (1.00) |" in shown
+    assert "| torch AdamW | 2.8125 ± 7.1472 | | 2.5000 ± 6.3531 | +0.3125 ± 0.7941 | 4 (1.00) |" in shown
     assert (
-        "| AdamWScheduleFree | 3.3125 ± 7.1471 | +0.5000 ± 0.0000 | 3.0000 ± 6.3530 | +0.3125 ± 0.7941 | 1 (0.25) |"
+        "| AdamWScheduleFree | 3.3125 ± 7.1472 | +0.5000 ± 0.0000 | 3.0000 ± 6.3531 | +0.3125 ± 0.7941 | 1 (0.25) |"
     ) in shown
     half_done = [r for r in data["runs"] if r["fmt"] or r["optimizer"] == "torch AdamW"]
     assert [(row.plain is None, row.cost is None) for row in compare_optimizers.rows(half_done)] == [

@@ -70,7 +70,7 @@ def test_grid_values_and_ties_agree_with_ml_dtypes(name):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in OCP else pytest.mark.slow) for n in ML_DTYPES_FORMATS]
+    "name", [pytest.param(n, marks=() if n == "float8_e4m3fn" else pytest.mark.slow) for n in ML_DTYPES_FORMATS]
 )
 def test_2_to_the_24_values_agree_with_ml_dtypes(name):
     w = many_floats()
