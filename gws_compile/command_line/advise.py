@@ -13,7 +13,7 @@ from ..advice.advise import advise
 from ..advice.law import ScalingLaw
 from ..advice.quantities import check_block, parse_quantity
 from ..advice.runs import read_runs
-from .options import UsageError
+from .options import UsageError, check_folder
 
 _DESCRIPTION = """\
 Say what training in a float format costs, by the scaling law of floating-point quantization training (arXiv
@@ -86,8 +86,7 @@ def run(parsed: argparse.Namespace) -> int:
             read or written, or a package that is missing.
     """
     for file in (parsed.plot, parsed.json):
-        if file is not None and not Path(file).absolute().parent.is_dir():
-            raise UsageError(f"{file}: there is no such folder")
+        check_folder(file)
     try:
         law = _fitted(parsed.fit)
         if law is not None:

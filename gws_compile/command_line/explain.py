@@ -15,7 +15,7 @@ from ..config import Config
 from ..report.report import Report
 from ..torch_internals.dynamo import raised_by_backend
 from .model_factory import BadFactoryError, ExampleCall, build
-from .options import UsageError, add_settings, export_settings
+from .options import UsageError, add_settings, check_folder, export_settings
 
 _DESCRIPTION = """\
 Trace a model, rewrite its graphs, and say what would be rewritten; nothing is compiled. The model is called once, as it
@@ -77,8 +77,7 @@ def run(parsed: argparse.Namespace) -> int:
     """
     settings = export_settings(parsed)
     for file in (None if parsed.no_html else parsed.html, parsed.json):
-        if file is not None and not Path(file).absolute().parent.is_dir():
-            raise UsageError(f"{file}: there is no such folder")
+        check_folder(file)
     try:
         config = Config.make(**settings)
         call = build(parsed.factory, parsed.input)

@@ -13,7 +13,7 @@ from ..deploy.export import FORMATS
 from ..torch_internals.dynamo import raised_by_backend
 from ..weight_names import without_number, without_stage
 from .model_factory import BadFactoryError
-from .options import UsageError, add_settings, export_settings
+from .options import UsageError, add_settings, check_folder, export_settings
 from .trained_model import TrainedModel, backend_state, settings_of_state, trained_model
 
 _DESCRIPTION = """\
@@ -80,8 +80,7 @@ def run(parsed: argparse.Namespace) -> int:
         UsageError: a bad setting, model, state or input; a weight that does not fit; a path that is taken.
     """
     settings = export_settings(parsed)
-    if parsed.json is not None and not Path(parsed.json).absolute().parent.is_dir():
-        raise UsageError(f"{parsed.json}: there is no such folder")
+    check_folder(parsed.json)
     try:
         state = None if parsed.state is None else backend_state(parsed.state)
         if state is None and not settings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ..settings.arguments import SETTINGS, Setting
@@ -25,6 +26,16 @@ class Parser(argparse.ArgumentParser):
         if option.startswith("-"):
             message += f" ({nearest(option, self._option_string_actions)})"
         super().error(message)
+
+
+def check_folder(file: str | None, option: str = "") -> None:
+    """Hold a file that is to be written to a folder that is there; nothing to hold for None.
+
+    Raises:
+        UsageError: there is no such folder; ``option`` stands in front of the file's name.
+    """
+    if file is not None and not Path(file).absolute().parent.is_dir():
+        raise UsageError(f"{option} {file}: there is no such folder".lstrip())
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import gc
 import random
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ import torch
 from ..compiler.backend import Backend
 from ..compiler.cast_afterwards import CastAfterwards
 from ..settings.arguments import SETTINGS
+from ..torch_internals.modules import objects_alive
 from .main_program import NotFoundError, run_module, run_script
-from .options import UsageError, add_settings, export_settings
+from .options import UsageError, add_settings, check_folder, export_settings
 from .run_session import RunOptions, RunSession
 
 _DESCRIPTION = """\
@@ -140,9 +140,8 @@ def _check_plain(parsed: argparse.Namespace) -> None:
     Raises:
         UsageError: it does.
     """
-    for one in gc.get_objects():
-        kind = type(one)  # isinstance asks the object, which may be a weak proxy of one that has gone
-        if issubclass(kind, Backend) and not issubclass(kind, CastAfterwards) and one.graphs:
+    for one in objects_alive(Backend):
+        if one.graphs and not isinstance(one, CastAfterwards):
             option = "--plain" if parsed.plain else "--cast-afterwards"
             raise UsageError(
                 f"{option}: the script compiles with a gws backend of its own ({one.config.weights.name}), so this was "
@@ -160,6 +159,5 @@ def _file_of(option: str, path: str | None) -> str | None:
     """The whole path of a file that is to be written, since the script may change the folder."""
     if path is None:
         return None
-    if not Path(path).absolute().parent.is_dir():
-        raise UsageError(f"{option} {path}: there is no such folder")
+    check_folder(path, option)
     return str(Path(path).absolute())

@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
+
+T = TypeVar("T")
 
 
 def held_parameters(module: nn.Module) -> dict[str, Any]:
@@ -23,13 +25,16 @@ def held_parameters(module: nn.Module) -> dict[str, Any]:
 
 def modules_alive() -> Iterator[nn.Module]:
     """Every module of the process that is alive and made: among all objects, some 50 ms."""
+    return (module for module in objects_alive(nn.Module) if "_parameters" in vars(module))
+
+
+def objects_alive(kind: type[T]) -> Iterator[T]:
+    """Every object of a class that the garbage collector knows: some 50 ms."""
     things = gc.get_objects()
-    # By type: isinstance asks an object for its __class__, and lazy ones answer by doing something. No loop of Python's
-    # own, which would take several times as long.
-    kinds = set(map(id, _subclasses(nn.Module)))  # by id: a metaclass may leave its classes without a hash
-    for thing in itertools.compress(things, map(kinds.__contains__, map(id, map(type, things)))):
-        if "_parameters" in vars(thing):
-            yield thing
+    # By type: isinstance asks an object for its __class__; lazy ones answer by doing something, and a weak proxy of an
+    # object that has gone raises. No loop of Python's own, which would take several times as long.
+    kinds = set(map(id, _subclasses(kind)))  # by id: a metaclass may leave its classes without a hash
+    return itertools.compress(things, map(kinds.__contains__, map(id, map(type, things))))
 
 
 def _subclasses(kind: type) -> Iterator[type]:
