@@ -19,7 +19,7 @@ from .quantities import Block, check_block, positive, quantity
 
 _FEWEST = 3
 
-_BF16 = FloatFormat.make(8, 7, name="bf16")
+_BF16 = FORMATS["bf16"]
 
 
 @dataclass(frozen=True)

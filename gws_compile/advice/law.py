@@ -232,10 +232,9 @@ class ScalingLaw:
         """
         if isinstance(bits, bool) or not isinstance(bits, int | float) or not 3 <= bits <= _WIDEST:
             raise ValueError(f"bits is {bits!r}; accepted: 3 to {_WIDEST}, a sign, exponent and mantissa bits")
-        both = self.delta + self.nu
         whole = splits(int(bits)) if bits == int(bits) else []
         best = max(whole, key=lambda fmt: self.strength(fmt.exponent_bits, fmt.mantissa_bits), default=None)
-        return Split(float(bits), self.delta * bits / both - 0.5, self.nu * bits / both - 0.5, best)
+        return Split(float(bits), *self._real_split(bits), best)
 
     def best_bits(self, tokens: float, block: Block = 128) -> float:
         """The best number of bits P(D) for D tokens at any compute budget.
@@ -280,8 +279,8 @@ class ScalingLaw:
         tokens = (left * budget**self.alpha) ** (1 / (self.alpha * (1 + self.beta / both) + self.beta))
         bits = (q * tokens**self.beta) ** (1 / both)
         params = compute / (COMPUTE_PER_BIT * bits * tokens)
-        split = self.delta * bits / both - 0.5, self.nu * bits / both - 0.5
-        return Budget(float(compute), bits, params, tokens, self.loss(params, tokens, *split, block=block))
+        loss = self.loss(params, tokens, *self._real_split(bits), block=block)
+        return Budget(float(compute), bits, params, tokens, loss)
 
     def format_budget(self, compute: float, fmt: FloatFormat, block: Block = 128) -> Budget:
         """The best parameters and tokens for a compute budget with a format.
@@ -319,6 +318,11 @@ class ScalingLaw:
         loss = self.loss(product / tokens, tokens, exponent_bits, mantissa_bits, block)
         return Budget(float(compute), float(bits), product / tokens, tokens, loss)
 
+    def _real_split(self, bits: float) -> tuple[float, float]:
+        """E* and M* of P bits."""
+        both = self.delta + self.nu
+        return self.delta * bits / both - 0.5, self.nu * bits / both - 0.5
+
     def _q(self, block: Block) -> float:
         """Q of P^s = D^beta q, the best bits for D tokens."""
         both = self.delta + self.nu
@@ -330,14 +334,13 @@ class ScalingLaw:
 
 def splits(bits: int) -> list[FloatFormat]:
     """Every format of so many bits, from the most mantissa bits to the fewest."""
-    exponents = range(1, min(8, bits - 2) + 1)
-    return [FloatFormat.make(e, bits - 1 - e) for e in exponents if bits - 1 - e <= 23 and _made(e, bits - 1 - e)]
+    made = (_made(e, bits - 1 - e) for e in range(1, min(8, bits - 2) + 1) if bits - 1 - e <= 23)
+    return [fmt for fmt in made if fmt is not None]
 
 
-def _made(exponent_bits: int, mantissa_bits: int) -> bool:
-    """Whether a format's values lie in the range that is held."""
+def _made(exponent_bits: int, mantissa_bits: int) -> FloatFormat | None:
+    """A format; None where its values do not lie in the range that is held."""
     try:
-        FloatFormat.make(exponent_bits, mantissa_bits)
+        return FloatFormat.make(exponent_bits, mantissa_bits)
     except ValueError:
-        return False
-    return True
+        return None

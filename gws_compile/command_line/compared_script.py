@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
-import math
 import os
 import re
 import subprocess
@@ -18,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..comparison.compared_settings import PLAIN, ComparedSetting
-from ..comparison.run_folder import RunFolder
+from ..comparison.run_folder import RunFolder, digest_of
+from ..comparison.training import sizes_of
 from ..numerics.formats import FloatFormat
 from ..numerics.integers import IntFormat
 from ..warning import GwsWarning
@@ -82,7 +81,7 @@ class ComparedScript:
             "training": list(self.arguments),
             "auto": self.auto,
             "loss": self.loss or "",
-            "source": _digest(_origin(self.script) if self.module else self.script),
+            "source": digest_of(_origin(self.script) if self.module else self.script),
         }
 
     def run(self, setting: ComparedSetting, seed: int, folder: RunFolder) -> dict[str, Any]:
@@ -218,14 +217,7 @@ def _told_by(report: Path, setting: ComparedSetting, *, auto: bool) -> dict[str,
         )
     if not cast:
         raise NoLossError(f"no weight was cast, so this was ordinary training{how}")
-    sizes = [one["stored_bytes"] for one in cast]
-    widths = [(one["bits"], one["shape"]) for one in cast if one["bits"] is not None]
-    elements = [(bits, math.prod(shape)) for bits, shape in widths]
-    total = sum(n for _, n in elements)
-    return {
-        "average_bits": sum(bits * n for bits, n in elements) / total if total else None,
-        "bytes": None if None in sizes else sum(sizes),
-    }
+    return sizes_of(cast)
 
 
 def _last_line(text: str) -> str:
@@ -247,11 +239,3 @@ def _origin(module: str) -> str | None:
     finally:
         sys.path[:] = before
     return None if spec is None else spec.origin
-
-
-def _digest(script: str | None) -> str:
-    return (
-        ""
-        if script is None or not Path(script).is_file()
-        else hashlib.sha256(Path(script).read_bytes()).hexdigest()[:16]
-    )

@@ -44,6 +44,7 @@ class ComparedSetting:
         arguments: of `gws_compile.backend`; of plain training, and of a cast afterwards, those of the cast.
         training: further arguments of the training function, or of the script.
         common: those of ``arguments`` that all settings have.
+        config: the settings of the backend.
     """
 
     name: str
@@ -51,10 +52,11 @@ class ComparedSetting:
     arguments: Mapping[str, Any]
     training: Mapping[str, Any] = field(default_factory=dict)
     common: Mapping[str, Any] = field(default_factory=dict)
+    config: Config = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         try:
-            Config.make(**self.arguments)
+            object.__setattr__(self, "config", Config.make(**self.arguments))
         except (TypeError, ValueError) as error:  # a TypeError for an argument that there is not
             raise ComparisonError(f"setting {self.name!r}: {error}") from None
         if self.method == "cast-afterwards" and not self.grid:
@@ -62,11 +64,6 @@ class ComparedSetting:
                 f"setting {self.name!r}: learned widths, trained levels and sparsity are no cast of a plain model; "
                 "leave them, or the method cast-afterwards, out"
             )
-
-    @property
-    def config(self) -> Config:
-        """The settings of the backend."""
-        return Config.make(**self.arguments)
 
     @property
     def trains_plain(self) -> bool:
@@ -108,12 +105,17 @@ def grid_label(config: Config, common: Mapping[str, Any] = MappingProxyType({}))
     label = weights.name
     if weights.grid_text != Config.make(label).weights.grid_text:
         label += f", {weights.block_text}, {weights.scale or 'no scale'}"
-    base = Config.make(**{name: value for name, value in common.items() if name in ("include", "exclude", "rules")})
+    base = Config.make(**names_chosen(common))
     for name in ("include", "exclude"):
         patterns = getattr(config, name)
         if patterns != getattr(base, name):
             label += f", {name} {' '.join(patterns or ('nothing',))}"
     return label + "".join(f"; {rule.text}" for rule in config.rules if rule not in base.rules)
+
+
+def names_chosen(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Of arguments of `gws_compile.backend` those that say which weights are cast, and which of them otherwise."""
+    return {name: value for name, value in arguments.items() if name in ("include", "exclude", "rules")}
 
 
 def usual_settings(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 import platform
 import sys
@@ -23,10 +22,11 @@ from .compared_settings import (
     PLAIN,
     ComparedSetting,
     ComparisonError,
+    names_chosen,
     own_settings,
     usual_settings,
 )
-from .run_folder import RunFolder
+from .run_folder import RunFolder, digest_of
 from .summary import Comparison, summarize
 from .training import TrainingFunction, TrainingFunctionError, train_and_measure
 
@@ -215,7 +215,7 @@ def _guarded(run: Run, setting: ComparedSetting, seed: int) -> Mapping[str, Any]
 
 def _presets(presets: Sequence[str], common: Mapping[str, Any]) -> dict[str, Config]:
     """Settings of the casts to the presets by the labels of their grids."""
-    chosen = {name: value for name, value in common.items() if name in ("include", "exclude", "rules")}
+    chosen = names_chosen(common)
     found = {}
     for preset in presets:
         setting = ComparedSetting(f"preset {preset}", "", {**chosen, "fmt": preset, "noise": "none"}, common=chosen)
@@ -256,14 +256,13 @@ def _identity(train: TrainingFunction, training: Mapping[str, Any]) -> dict[str,
         "of": f"{getattr(train, '__module__', '')}.{getattr(train, '__qualname__', type(train).__name__)}",
         "bound": {name: repr(value) for name, value in bound.items()},
         "training": {name: repr(value) for name, value in training.items()},
-        "source": _digest(train),
+        "source": digest_of(_source(train)),
     }
 
 
-def _digest(train: TrainingFunction) -> str:
-    """Of the file that has the training function."""
+def _source(train: TrainingFunction) -> str | None:
+    """The file that has the training function."""
     try:
-        file = inspect.getsourcefile(inspect.unwrap(train))
-        return "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
-    except (TypeError, OSError):  # made by a call, or typed into an interpreter
-        return ""
+        return inspect.getsourcefile(inspect.unwrap(train))
+    except TypeError:  # made by a call
+        return None

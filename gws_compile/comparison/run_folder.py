@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -114,10 +115,17 @@ class RunFolder:
                 )
 
 
+def digest_of(file: str | Path | None) -> str:
+    """Of a file's content, for what runs have in common; empty where there is no file."""
+    if file is None or not Path(file).is_file():
+        return ""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+
+
 def _finite(value: Any) -> Any:
     """For JSON, which has no NaN: null in its place."""
     if isinstance(value, Mapping):
         return {key: _finite(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(one) for one in value]
-    return None if isinstance(value, float) and (value != value or value in (float("inf"), -float("inf"))) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -127,16 +127,15 @@ def train_and_measure(
     trained = Trained.of(train(backend, seed, **training))
     seconds = time.perf_counter() - start
     evaluated = trained.loss()  # of plain training: casts the weights, so that it is known which they are
-    with_gradients = None
-    if setting.trains_plain or backend.config.draws_noise:
-        with_gradients = _with_gradients(trained)
-    model = unwrapped(trained.model)
     uncast = trained.loss(eager=True)
-    deployed, with_noise = evaluated, with_gradients
+    with_noise: float | None
     if setting.trains_plain:
-        deployed = with_noise = uncast if with_gradients is None else with_gradients
-    elif not backend.config.draws_noise:
-        with_noise = evaluated
+        compiled = _with_gradients(trained)
+        deployed = with_noise = uncast if compiled is None else compiled
+    else:
+        deployed = evaluated
+        with_noise = _with_gradients(trained) if backend.config.draws_noise else evaluated
+    model = unwrapped(trained.model)
     known = Grids.of_model(backend, model, grids)
     casts, distances = {}, {}
     for label in grids:
@@ -185,11 +184,19 @@ def _sizes(setting: ComparedSetting, backend: Backend, known: Grids) -> dict[str
     report = backend.report()
     if report.bits is not None:
         return {"average_bits": report.bits.average, "bytes": report.bits.stored_bytes}
-    rewritten = [record for record in report.rewritten if record.stored_bytes is not None]
-    sizes = [math.prod(record.shape) for record in rewritten]
-    widths = [(record.bits, size) for record, size in zip(rewritten, sizes, strict=True) if record.bits is not None]
+    return sizes_of([asdict(record) for record in report.rewritten])
+
+
+def sizes_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Average width, None without noise, and bytes, None where unknown, of weights that are cast.
+
+    Args:
+        records: keyed as `gws_compile.WeightRecord`.
+    """
+    widths = [(one["bits"], math.prod(one["shape"])) for one in records if one["bits"] is not None]
     total = sum(size for _, size in widths)
+    stored = [one["stored_bytes"] for one in records]
     return {
         "average_bits": sum(bits * size for bits, size in widths) / total if total else None,
-        "bytes": sum(record.stored_bytes or 0 for record in rewritten),
+        "bytes": None if None in stored else sum(stored),
     }
