@@ -20,7 +20,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _no_backends_of_other_modules():
-    """Backends follow every optimizer of the process; those that earlier tests have dropped may lie in cycles."""
+    """Backends follow every optimizer of the process; those of earlier tests lie in cycles and in torch's caches."""
+    torch._dynamo.reset()
     gc.collect()
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..runtime.step_rounds import StepRounds
+from ..torch_internals.autograd import times_changed
 from ..warning import GwsWarning
 from .by_weight import ParametersByWeight
 
@@ -28,6 +29,7 @@ class Followed:
         self._parameters = parameters
         self._words = words
         self._followed: set[str] = set()
+        self._seen: dict[str, tuple[torch.Tensor, int]] = {}
         self._rounds = StepRounds()
         self._waited = 0
 
@@ -53,7 +55,7 @@ class Followed:
         unfollowed = [
             name
             for name, one in self._parameters.by_name.items()
-            if one.parameter.grad is not None and name not in self._followed
+            if name not in self._followed and self._has_new_gradient(name, one.parameter)
         ]
         if not unfollowed:
             return
@@ -66,3 +68,13 @@ class Followed:
                 GwsWarning,
                 stacklevel=2,
             )
+
+    def _has_new_gradient(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether a gradient came since the last look: what steps may be another model's, and this one left alone."""
+        gradient = parameter.grad
+        if gradient is None:
+            return False
+        # A gradient that nobody takes away is added to in place. The tensor is kept, so no other one has its identity.
+        now = gradient, times_changed(gradient)
+        seen, self._seen[name] = self._seen.get(name), now
+        return seen is None or seen[0] is not gradient or seen[1] != now[1]

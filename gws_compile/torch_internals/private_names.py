@@ -140,5 +140,9 @@ PRIVATE_ATTRIBUTES: Mapping[str, PrivateName] = {
     "_schema": PrivateName(_SIGNATURES),
     "_torchdynamo_orig_backend": PrivateName(_GIVEN),
     "_torchdynamo_orig_callable": PrivateName("the warning about torch's own modules compiled in place"),
+    "_version": PrivateName(
+        "the warning of learned widths and levels that no optimizer has",
+        "Tensor.register_post_accumulate_grad_hook, which compiled autograd would trace",
+    ),
 }
 """The attributes of torch's objects that this room reads or writes, by their names."""

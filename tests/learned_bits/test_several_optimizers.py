@@ -105,3 +105,29 @@ def test_a_width_that_no_optimizer_holds_delays_nothing_for_good():
         losses, _, backend = run(all_in_hooks, held=slice(7))
     assert len(losses) == STEPS
     assert backend.state_dict()["steering"]["multiplier"] == pytest.approx(STEPS * 0.02)  # at most 0.02 at once
+
+
+def test_another_model_in_training_is_no_reason_to_warn():
+    """Gradients that came once, and are left, are of no training; gradients that go on coming are."""
+    model, other = Net(40), nn.Linear(4, 4)
+    backend = gws_compile.backend(bits=LearnedBits(average=4.5), inner="aot_eager")
+    compiled, x = torch.compile(model, backend=backend), torch.randn(8, 40)
+    backend.prepare(model, x)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+
+    def train():
+        other(torch.randn(2, 4)).square().mean().backward()
+        optimizer.step()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", gws_compile.GwsWarning)
+        for _ in range(3):
+            compiled(x).square().mean().backward()
+            for _ in range(5):
+                train()
+        for _ in range(6):
+            compiled(x).square().mean().backward()
+            train()
+    compiled(x).square().mean().backward()
+    with pytest.warns(gws_compile.GwsWarning, match="10 optimizer steps, and no optimizer has the bit widths of"):
+        train()
