@@ -294,11 +294,15 @@ def test_under_torchrun_rank_0_reports(folder):
         dist.init_process_group("gloo")
         model = torch.nn.parallel.DistributedDataParallel(Net())
         train(model, torch.compile(model))
+        dist.barrier()
         dist.destroy_process_group()
         """,
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = start([*torchrun, "-m", "gws_compile", "run", "--inner", "eager", path], folder)
+    for _ in range(5):
+        done = start([*torchrun, "-m", "gws_compile", "run", "--inner", "eager", path], folder)
+        if "terminate called without an active exception" not in done.stderr:  # gloo's end, see docs/torch.md
+            break
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("1 torch.compile call took the gws backend: DistributedDataParallel at") == 1
     assert done.stderr.count("2 of 2 weights rewritten") == 1
