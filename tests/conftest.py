@@ -4,6 +4,8 @@ import os
 import pytest
 import torch
 
+from gws_compile.command_line.named_backend import forget_named_backends
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: OpenMP threads that wait for threads without a core make everything several times slower.
     torch.set_num_threads(1)
@@ -20,9 +22,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _no_backends_of_other_modules():
-    """Backends follow every optimizer of the process; those of earlier tests lie in cycles and in torch's caches."""
+    """Backends follow every optimizer of the process; those of earlier tests lie in cycles and in torch's caches.
+
+    What is alive now, a million objects by the end, is frozen: no collection within the tests looks at it again.
+    """
     torch._dynamo.reset()
+    forget_named_backends()
     gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -71,6 +71,7 @@ class Diagnostics:
         self._untraced: list[weakref.ref[nn.Module]] = []
         self._rounds = StepRounds()
         self._steps = 0
+        self._next_look = 0
         self._steps_since_given = 0
         self._any_named = False
         self._covered: weakref.WeakSet[object] = weakref.WeakSet()
@@ -127,8 +128,10 @@ class Diagnostics:
         if self.training_is_plain:
             return
         if self._rounds.begins_with(optimizer):
-            if self._steps % MANY_STEPS == 0 and (not self._steps or not self._any_parameters):
-                self._look_for_given_modules()  # among all objects: now and then
+            if self._steps == self._next_look:
+                self._next_look = max(MANY_STEPS, 2 * self._steps)  # among all objects, 0.1 s and more: ever less often
+                if not self._steps or not self._any_parameters:
+                    self._look_for_given_modules()
             self._steps += 1
             if not self._any_parameters:
                 self._count_step_without_parameters()

@@ -9,7 +9,9 @@ from support.small_models import traces_own_modules
 from torch import nn
 
 import gws_compile
-from gws_compile.compiler.diagnostics import MANY_STEPS
+from gws_compile.compiler.diagnostics import MANY_STEPS, Diagnostics, GivenModules
+from gws_compile.config import Config
+from gws_compile.runtime.weight_slots import WeightSlots
 
 FMT = "fp4_e2m1"
 
@@ -215,3 +217,12 @@ def test_steps_of_several_optimizers_are_counted_as_one():
     with pytest.warns(gws_compile.GwsWarning, match=rf"{MANY_STEPS} optimizer steps, .* \(fp9_e3m5\) has"):
         optimizers[0].step()
     assert waiting is not None
+
+
+def test_a_backend_that_nothing_goes_through_looks_ever_less_often():
+    """At all objects of the process, for models that were given to it: under gws run it may stand by for good."""
+    looks, optimizer = [], torch.optim.SGD([torch.zeros(1)])
+    diagnostics = Diagnostics(Config.make(FMT), WeightSlots(), lambda: looks.append(step) or GivenModules())
+    for step in range(1000):  # noqa: B007  (the function above reads it)
+        diagnostics.optimizer_stepped(optimizer)
+    assert looks == [0, 50, 100, 200, 400, 800]
