@@ -127,7 +127,7 @@ class Config:
             gradients=gradients,
             attention=as_attention(attention),
             recipe=recipe,
-            include=None if include is None else _patterns("include", include),
+            include=None if include is None else _included(include),
             exclude=_patterns("exclude", exclude or ()),
             seed=seed,
             resample=resample,
@@ -368,6 +368,13 @@ def _text(value: object) -> str:
     if isinstance(value, tuple):
         return ", ".join("all" if one is None else str(one) for one in value) or "none"
     return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
+
+
+def _included(value: str | Iterable[str]) -> tuple[str, ...]:
+    patterns = _patterns("include", value)
+    if not patterns:
+        raise ValueError(f"include={value!r} matches no weight; give globs on weight names, or None for all")
+    return patterns
 
 
 def _patterns(name: str, value: str | Iterable[str]) -> tuple[str, ...]:

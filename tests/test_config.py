@@ -40,6 +40,7 @@ from gws_compile.settings.arguments import Settings
         ({"block": (32.0, 32)}, r"block must be two positive ints .*, got \(32.0, 32\)"),
         ({"include": 3}, "include must be a glob or a list of globs on weight names, got 3"),
         ({"include": ["a", 3]}, "include takes globs on weight names, such as .*, got 3"),
+        ({"include": []}, r"include=\[\] matches no weight; give globs on weight names, or None for all"),
         ({"exclude": [b"head"]}, "exclude takes globs on weight names, such as .*, got b'head'"),
         ({"exclude": ""}, None),
         ({"include": ""}, "include takes globs on weight names, such as .*, got ''"),

@@ -20,6 +20,11 @@ from .update_functions import without_updates
 _SHOWN = 8
 _WIDTH = 120
 
+_NO_EVALUATION = (
+    "No compiled call had gradients disabled: if the script has evaluated its model, that was not of the weights under "
+    "the cast alone. Evaluate what is compiled, under torch.no_grad()."
+)
+
 
 @dataclass(frozen=True)
 class Ending:
@@ -106,6 +111,8 @@ class RunReport:
             header += f"\n\n{_framed(self.nothing(report), *plain)}"
         elif plain:
             header += f"\n\n{_framed(*plain)}"
+        if report.rewritten and all(graph["gradients"] for one in reports for graph in one.to_dict()["graphs"]):
+            header += "\n\n" + "\n".join(textwrap.wrap(_NO_EVALUATION, _WIDTH))
         text = f"{header}\n\n{report}\n" if len(report) else f"{header}\n\n"
         if file is not None:
             self._write(file, report, reports, plain, text)

@@ -198,7 +198,7 @@ class Diagnostics:
         tensor = slot.tensor() if is_untraced(slot) or _why_left_alone(slot) else None
         if tensor is None or tensor.grad is None or is_table(slot) or first_match(slot.path, config.exclude):
             return False
-        return not config.include or first_match(slot.path, config.include) is not None
+        return config.include is None or first_match(slot.path, config.include) is not None
 
     def _count_step_without_parameters(self) -> None:
         if self._graphs or self._any_given:

@@ -95,6 +95,22 @@ def test_the_page_is_that_of_the_backend(tmp_path, capsys):
     assert "The report is in" in capsys.readouterr().err
 
 
+def test_a_script_that_evaluates_nothing_compiled_is_told_so(capsys):
+    """Hugging Face's Trainer with torch_compile=True trains the compiled model and evaluates the one inside."""
+    torch._dynamo.reset()
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.ones(2, 8)
+    compiled = torch.compile(model, backend=gws_compile.named_backend(inner="eager"))
+    compiled(x).sum().backward()
+    with torch.no_grad():
+        model(x)
+    report_of(TAKEN).finish()
+    assert "\n\nNo compiled call had gradients disabled: " in capsys.readouterr().err
+    with torch.no_grad():
+        compiled(x)
+    report_of(TAKEN).finish()
+    assert "gradients disabled" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("error", "says"),
     [
