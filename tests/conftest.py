@@ -24,14 +24,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _no_backends_of_other_modules():
     """Backends follow every optimizer of the process; those of earlier tests lie in cycles and in torch's caches.
 
-    What is alive now, a million objects by the end, is frozen: no collection within the tests looks at it again.
+    What is alive now, a million objects by the end, is frozen: no collection looks at it again, which is most of the
+    time that a collection takes.
     """
     torch._dynamo.reset()
     forget_named_backends()
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries say at the end that they leak
 
 
 @pytest.fixture(autouse=True)

@@ -21,12 +21,12 @@ VARIANTS = {
     "blocks of 16": {"block": (16, 16)},
     "no blocks": {"block": (32, 32), "noise": "none", "scale": None},
     "recompute": {"block": (16, 24), "backward": "recompute", "inner": "inductor"},
-    "uniform noise": {"block": (8, 48), "noise": "uniform", "inner": "inductor"},
+    "uniform noise": {"block": (8, 48), "noise": "uniform"},
     # Maxima over the ranks: of the matrix, of rows that both have a part of, of a block that is as long as the weight.
     "a level for the matrix": {"fmt": "nvfp4", "inner": "inductor"},
     "rows": {"fmt": "fp8_channel"},
     "a scale for the matrix": {"fmt": "int8", "block": (None, None)},
-    "recompute rows": {"fmt": "int4", "block": (1, 1000), "backward": "recompute", "inner": "inductor"},
+    "recompute rows": {"fmt": "int4", "block": (1, 1000), "backward": "recompute"},
 }
 
 
