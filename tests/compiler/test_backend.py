@@ -1,8 +1,10 @@
 """The backend object: draws, switches, sharing, memory, settings without effect."""
 
+import gc
 import json
 import logging
 import re
+import weakref
 
 import pytest
 import torch
@@ -270,10 +272,33 @@ def test_entries_of_dead_models_are_freed():
     assert backend.state_dict()["weights"] == [["0.weight", [40, 72]]]
     del model, compiled
     torch._dynamo.reset()
-    import gc
-
     gc.collect()
     assert backend.state_dict()["weights"] == []
+
+
+class BrokenInTwo(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
+@pytest.mark.parametrize("bits", [None, gws_compile.LearnedBits(average=5.0)], ids=["fixed", "learned"])
+def test_weights_are_freed_behind_a_graph_break(bits):
+    """torch never lets go of what a backend has returned for such a model."""
+    model, backend = BrokenInTwo(), gws_compile.backend(bits=bits, inner="aot_eager")
+    compiled = torch.compile(model, backend=backend)
+    compiled(torch.randn(2, 8)).sum().backward()
+    assert len(backend.report().rewritten) == 2
+    weights = [weakref.ref(model.first.weight), weakref.ref(model.second.weight)]
+    del model, compiled, backend
+    torch._dynamo.reset()
+    gc.collect()
+    assert [one() for one in weights] == [None, None]
 
 
 class TwoLayers(nn.Module):
