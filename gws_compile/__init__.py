@@ -34,7 +34,7 @@ The layers, from above; each imports only from those below it:
     source_names            what Dynamo's sources say of a weight
     numerics                the arithmetic
     torch_internals         every private torch API
-    warning                 the one category of warnings
+    figures, warning        an empty figure of matplotlib; the one category of warnings
 """
 
 from .advice.advise import Advice, advise

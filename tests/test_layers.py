@@ -9,7 +9,7 @@ from support.layers import LAYERS, PACKAGE, ROOT, TORCH_ROOM, Arrow, module
 MODULES = layers.read_modules()
 ARROWS = [arrow for one in MODULES.values() for arrow in layers.arrows_of(one, MODULES)]
 
-TOP_LEVEL_MODULES = {"__init__", "__main__", "api", "config", "source_names", "warning", "weight_names"}
+TOP_LEVEL_MODULES = {"__init__", "__main__", "api", "config", "figures", "source_names", "warning", "weight_names"}
 TOP_LEVEL_FOLDERS = set().union(*LAYERS) - TOP_LEVEL_MODULES - {"passes"}
 
 TAKEN = {"advise", "backend", "explain", "sample", "quantize", "operator"}

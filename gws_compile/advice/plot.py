@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..figures import new_figure
 from ..numerics.formats import FloatFormat
 from .law import Budget, ScalingLaw
 from .quantities import Block, quantity
@@ -89,13 +90,7 @@ def plot_bits(path: str | Path, law: ScalingLaw, best: Budget, formats: Sequence
 
 
 def _figure() -> tuple[Any, Any]:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("a picture of advice needs matplotlib: pip install 'gws-compile[advice]'") from None
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 4.4, what="a picture of advice", extra="advice")
     return figure, figure.subplots()
 
 

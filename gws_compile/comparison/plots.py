@@ -6,8 +6,11 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ..figures import new_figure
 from .compared_settings import METHODS, PLAIN
 from .rows import ComparedRow
+
+_WHAT = "a picture of a comparison"
 
 _MARKERS = "os^Dvp*X"
 _OWN = "own settings"
@@ -27,7 +30,7 @@ def losses_figure(rows: Sequence[ComparedRow]) -> Any | None:
         return None
     heights = [4.4] * bool(usual) + [1.2 + 0.25 * len(own)] * bool(own)
     width = 1.5 + 0.8 * len({row.grid for row in usual}) + (0.06 * max(len(row.name) for row in own) if own else 0.0)
-    figure = _figure(max(7.0, width), sum(heights))
+    figure = new_figure(max(7.0, width), sum(heights), what=_WHAT, extra="examples")
     panels = list(figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
     linear = _linear(row.minus_plain.mean for row in shown if row.minus_plain)
     if usual:
@@ -55,7 +58,7 @@ def robustness_figure(rows: Sequence[ComparedRow], labels: Sequence[str]) -> Any
     groups = groups or {"": []}
     columns = min(2, len(groups))
     lines = math.ceil(len(groups) / columns)
-    figure = _figure(9.0 * columns, 4.6 * lines)
+    figure = new_figure(9.0 * columns, 4.6 * lines, what=_WHAT, extra="examples")
     panels = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten()
     means = [value.mean for row in shown for value in row.casts.values()]
     for panel, (name, members) in zip(panels, groups.items(), strict=False):
@@ -145,14 +148,3 @@ def _linear(values: Iterable[float]) -> float:
     """Below this the axis is linear: half of the differences are larger."""
     sizes = sorted(abs(value) for value in values)
     return max(sizes[len(sizes) // 2], 1e-4)
-
-
-def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("a picture of a comparison needs matplotlib: pip install 'gws-compile[examples]'") from None
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..figures import new_figure
 from .history import WidthHistory
 
 _MOST_COLUMNS = 6
@@ -30,17 +31,11 @@ def plot_bits(
     """
     if not widths:
         raise ValueError("there are no learned bit widths to draw yet: call this after the first forward")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("plot_bits needs matplotlib: pip install 'gws-compile[examples]'") from None
     per_weight = all(value.ndim == 0 for value in widths.values())
     columns = 1 if per_weight else min(_MOST_COLUMNS, len(widths))
     rows = 1 if per_weight else math.ceil(len(widths) / columns)
     height = 0.28 * len(widths) + 1 if per_weight else 2.1 * rows
-    figure = Figure(figsize=(max(2.4 * columns, 8), height + 3), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(max(2.4 * columns, 8), height + 3, what="plot_bits", extra="examples")
     parts: Any = figure.subfigures(2, 1, height_ratios=(height, 3))
     above, below = parts
     if per_weight:

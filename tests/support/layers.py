@@ -38,7 +38,7 @@ LAYERS: Sequence[frozenset[str]] = [
     frozenset({"source_names", "weight_names"}),
     frozenset({"numerics"}),
     frozenset({"torch_internals"}),
-    frozenset({"warning"}),
+    frozenset({"figures", "warning"}),
 ]
 """Folders and loose modules of the package, from the top: each imports from its own layer and from those below."""
 
