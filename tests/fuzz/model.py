@@ -90,7 +90,8 @@ class Model(nn.Module):
         for i, around in enumerate(self.around):
             block = self.block(i)
             block = getattr(block, "_orig_mod", block)
-            reads.reruns = self.by_blocks and around in ("reentrant", "rerun")
+            # Under no_grad as a whole it is an evaluation, which nothing runs again.
+            reads.reruns = self.by_blocks and around in ("reentrant", "rerun") and torch.is_grad_enabled()
             x = 0.7 * (x + _in_mode(around, lambda x, ids, block=block: block.oracle(x, ids, reads), x, ids))
         return x
 
