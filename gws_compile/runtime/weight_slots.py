@@ -31,7 +31,7 @@ class Slot:
     shard. No reference to a Parameter is kept, not even a weak one, which ``torch.utils.swap_tensors`` refuses.
 
     Attributes:
-        path: its qualified name in the outermost module that it was first seen in.
+        path: its qualified name in the outermost module that it was seen in before it drew.
         owner: the module; None for a Parameter that no module holds.
         attribute: its name there.
         owner_type: the module's class.
@@ -119,16 +119,21 @@ class WeightSlots:
             for held in held_weights(module):
                 if held.tensor.ndim >= 2:
                     places.setdefault(id(held.tensor), []).append(held)
-            return [self._of_places(found, prefix) for found in places.values()]
+            inside = _Inside(module)
+            return [self._of_places(found, prefix, inside) for found in places.values()]
 
-    def _of_places(self, places: list[Any], prefix: str) -> Slot:
-        """The slot of a tied weight's places: that of the first that has one."""
+    def _of_places(self, places: list[Any], prefix: str, inside: _Inside) -> Slot:
+        """The slot of a tied weight's places, in a module: that of the first that has one."""
         known = (self._known(held.owner, held.attribute, held.tensor) for held in places)
         slot = next((one for one in known if one is not None), None)
         first = places[0]
         if slot is None:
             slot = self._make(prefix + first.name, first.owner, first.attribute, first.tensor)
-        elif slot.name is None and slot.root is None:  # prepared, before the model around it was called
+        elif slot.name is None and inside.has(slot.root):
+            # A part was given to the backend, prepared or called before the model around it: names are the model's,
+            # whatever was looked at earlier.
+            slot.path, slot.root = prefix + first.name, None
+        elif slot.name is None and prefix:  # of a stage, which only a call tells
             slot.path = prefix + first.name
         for held in places[1:]:  # a part of the model may be called without the module that has the first
             self._places_of(held.owner).setdefault(held.attribute, slot)
@@ -180,6 +185,7 @@ class WeightSlots:
         with self._lock:
             stack = self.see_caller()
             places: dict[int, list[Any]] = {}
+            inside = _Inside(stack.root)
             if stack.root is not None:
                 for held in held_weights(stack.root):
                     places.setdefault(id(held.tensor), []).append(held)
@@ -188,7 +194,7 @@ class WeightSlots:
             slots = []
             for tensor, hint in zip(tensors, hints, strict=True):
                 if id(tensor) in places:
-                    slot = self._of_places(places[id(tensor)], stack.prefix)
+                    slot = self._of_places(places[id(tensor)], stack.prefix, inside)
                 else:
                     slot = self._of_owners(owners.get(id(tensor), []), tensor, stack.prefix + hint)
                 slot.groups = slot.groups or stack.groups
@@ -225,6 +231,29 @@ class WeightSlots:
                 slot.loose = weakref.ref(tensor)
                 return _looked_at(slot, tensor)
         return self._make(path, None, "", tensor)
+
+
+class _Inside:
+    """Tells whether an earlier outermost module lies inside of another one.
+
+    Args:
+        module: the other one.
+    """
+
+    def __init__(self, module: nn.Module | None) -> None:
+        self._module = module
+        self._parts: set[int] | None = None
+
+    def has(self, root: weakref.ref[nn.Module] | None) -> bool:
+        """Whether it is a part of the module; also where there was none, or it has gone."""
+        earlier = None if root is None else root()
+        if earlier is None:
+            return True
+        if earlier is self._module or self._module is None:
+            return False
+        if self._parts is None:
+            self._parts = set(map(id, self._module.modules()))
+        return id(earlier) in self._parts
 
 
 def _looked_at(slot: Slot, tensor: torch.Tensor) -> Slot:

@@ -182,3 +182,61 @@ def test_weights_that_end_alike_are_told_apart():
     with pytest.warns(gws_compile.GwsWarning, match=r"since no compiled graph has them: middle\.weight\."):
         optimizer.step()
     assert [r.name for r in backend.report()] == ["base.weight", "middle.weight"]
+
+
+def _looks_at_the_report(model, backend, x):
+    assert [record.name for record in backend.report()] == ["fc.weight", "fc.weight#1"]
+
+
+def _another_optimizer_steps(model, backend, x):
+    other = nn.Linear(2, 2)
+    other(torch.ones(1, 2)).sum().backward()
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+
+
+def _evaluates_a_block(model, backend, x):
+    with torch.no_grad():
+        model.blocks[0](x)
+
+
+def _prepares_a_block(model, backend, x):
+    backend.prepare(model.blocks[1], x)
+
+
+@pytest.mark.parametrize("by", ["torch.compile", "Module.compile"])
+@pytest.mark.parametrize(
+    "before", [_looks_at_the_report, _another_optimizer_steps, _evaluates_a_block, _prepares_a_block]
+)
+def test_names_are_those_of_the_model_whatever_comes_before_the_first_draw(before, by):
+    """A block that is compiled by itself is outermost as long as the model around it has not been called."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(12, 12, bias=False)
+
+        def forward(self, x):
+            return self.fc(x)
+
+    class Blocks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Block(), Block()])
+
+        def forward(self, x):
+            return self.blocks[1](self.blocks[0](x))
+
+    model, x, backend = Blocks(), torch.eye(12), gws_compile.backend(FMT, inner="eager")
+    first, second = (gws_compile.sample(b.fc.weight.detach(), FMT, name=f"blocks.{i}.fc.weight")
+                     for i, b in enumerate(model.blocks))  # fmt: skip
+    for i, block in enumerate(model.blocks):
+        if by == "torch.compile":
+            model.blocks[i] = torch.compile(block, backend=backend)
+        else:
+            block.compile(backend=backend)
+    before(model, backend, x)
+    y = model(x)
+    y.sum().backward()
+    assert torch.equal(y, (x @ first.t()) @ second.t())
+    assert [name for name, _ in backend.state_dict()["weights"]] == ["blocks.0.fc.weight", "blocks.1.fc.weight"]
+    assert {record.name for record in backend.report().rewritten} == {"blocks.0.fc.weight", "blocks.1.fc.weight"}

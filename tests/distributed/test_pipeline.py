@@ -64,6 +64,7 @@ def train(rank, variant):
         stage = PipelineStage(module, rank, 2, torch.device("cpu"))
         for part in (module,) if variant == "whole" else (module.a, module.b):
             part.compile(backend=backend)
+    backend.report()  # knows of no stage yet, and changes nothing
     schedule = Schedule1F1B(stage, MICRO_BATCHES, loss_fn=loss_function)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     losses = []
