@@ -136,8 +136,17 @@ class WeightSlots:
         elif slot.name is None and prefix:  # of a stage, which only a call tells
             slot.path = prefix + first.name
         for held in places[1:]:  # a part of the model may be called without the module that has the first
-            self._places_of(held.owner).setdefault(held.attribute, slot)
+            other = self._places_of(held.owner).setdefault(held.attribute, slot)
+            if other is not slot and other.name is None and other.prepared is None:
+                self._merge(other, slot, held)
         return _looked_at(slot, first.tensor)
+
+    def _merge(self, other: Slot, slot: Slot, held: Any) -> None:
+        """One slot in the place of two: parts were looked at by themselves before, where no tie shows."""
+        self._places_of(held.owner)[held.attribute] = slot
+        self._slots = [one for one in self._slots if one is not other]
+        for weight in other.graphs:
+            slot.add(weight)
 
     def _places_of(self, owner: nn.Module) -> dict[str, Slot]:
         places: dict[str, Slot] | None = self._by_owner.get(owner)  # type: ignore[no-untyped-call]

@@ -240,3 +240,40 @@ def test_names_are_those_of_the_model_whatever_comes_before_the_first_draw(befor
     assert torch.equal(y, (x @ first.t()) @ second.t())
     assert [name for name, _ in backend.state_dict()["weights"]] == ["blocks.0.fc.weight", "blocks.1.fc.weight"]
     assert {record.name for record in backend.report().rewritten} == {"blocks.0.fc.weight", "blocks.1.fc.weight"}
+
+
+@pytest.mark.parametrize("before", ["a report", "evaluations of the blocks"])
+def test_a_weight_that_blocks_share_is_one_whatever_comes_before_the_first_draw(before):
+    """No block by itself shows the tie."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(12, 12, bias=False)
+
+        def forward(self, x):
+            return self.fc(x)
+
+    class Blocks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Block(), Block()])
+            self.blocks[1].fc.weight = self.blocks[0].fc.weight
+
+        def forward(self, x):
+            return self.blocks[1](self.blocks[0](x))
+
+    model, x, backend = Blocks(), torch.eye(12), gws_compile.backend(FMT, inner="eager")
+    sample = gws_compile.sample(model.blocks[0].fc.weight.detach(), FMT, name="blocks.0.fc.weight")
+    for block in model.blocks:
+        block.compile(backend=backend)
+    if before == "a report":
+        assert len(backend.report()) == 2
+    else:
+        with torch.no_grad():
+            [block(x) for block in model.blocks]
+    y = model(x)
+    y.sum().backward()
+    assert torch.equal(y, (x @ sample.t()) @ sample.t())
+    assert [name for name, _ in backend.state_dict()["weights"]] == ["blocks.0.fc.weight"]
+    assert {record.name for record in backend.report()} == {"blocks.0.fc.weight"}
