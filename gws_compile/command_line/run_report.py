@@ -111,7 +111,7 @@ class RunReport:
             header += f"\n\n{_framed(self.nothing(report), *plain)}"
         elif plain:
             header += f"\n\n{_framed(*plain)}"
-        if report.rewritten and all(graph["gradients"] for one in reports for graph in one.to_dict()["graphs"]):
+        if report.rewritten and all(graph.gradients for one in reports for graph in one.graphs):
             header += "\n\n" + "\n".join(textwrap.wrap(_NO_EVALUATION, _WIDTH))
         text = f"{header}\n\n{report}\n" if len(report) else f"{header}\n\n"
         if file is not None:

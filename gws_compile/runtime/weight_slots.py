@@ -119,17 +119,23 @@ class WeightSlots:
             for held in held_weights(module):
                 if held.tensor.ndim >= 2:
                     places.setdefault(id(held.tensor), []).append(held)
-            inside = _Inside(module)
-            return [self._of_places(found, prefix, inside) for found in places.values()]
+            parts = set(map(id, module.modules())) - {id(module)}
+            return [self._of_places(found, prefix, parts) for found in places.values()]
 
-    def _of_places(self, places: list[Any], prefix: str, inside: _Inside) -> Slot:
-        """The slot of a tied weight's places, in a module: that of the first that has one."""
+    def _of_places(self, places: list[Any], prefix: str, parts: Set[int] = frozenset()) -> Slot:
+        """The slot of a tied weight's places: that of the first that has one.
+
+        Args:
+            places: in a module.
+            prefix: in front of their names.
+            parts: the ids of what lies inside of the module.
+        """
         known = (self._known(held.owner, held.attribute, held.tensor) for held in places)
         slot = next((one for one in known if one is not None), None)
         first = places[0]
         if slot is None:
             slot = self._make(prefix + first.name, first.owner, first.attribute, first.tensor)
-        elif slot.name is None and inside.has(slot.root):
+        elif slot.name is None and ((root := slot.root and slot.root()) is None or id(root) in parts):
             # A part was given to the backend, prepared or called before the model around it: names are the model's,
             # whatever was looked at earlier.
             slot.path, slot.root = prefix + first.name, None
@@ -194,7 +200,6 @@ class WeightSlots:
         with self._lock:
             stack = self.see_caller()
             places: dict[int, list[Any]] = {}
-            inside = _Inside(stack.root)
             if stack.root is not None:
                 for held in held_weights(stack.root):
                     places.setdefault(id(held.tensor), []).append(held)
@@ -203,7 +208,7 @@ class WeightSlots:
             slots = []
             for tensor, hint in zip(tensors, hints, strict=True):
                 if id(tensor) in places:
-                    slot = self._of_places(places[id(tensor)], stack.prefix, inside)
+                    slot = self._of_places(places[id(tensor)], stack.prefix)
                 else:
                     slot = self._of_owners(owners.get(id(tensor), []), tensor, stack.prefix + hint)
                 slot.groups = slot.groups or stack.groups
@@ -240,29 +245,6 @@ class WeightSlots:
                 slot.loose = weakref.ref(tensor)
                 return _looked_at(slot, tensor)
         return self._make(path, None, "", tensor)
-
-
-class _Inside:
-    """Tells whether an earlier outermost module lies inside of another one.
-
-    Args:
-        module: the other one.
-    """
-
-    def __init__(self, module: nn.Module | None) -> None:
-        self._module = module
-        self._parts: set[int] | None = None
-
-    def has(self, root: weakref.ref[nn.Module] | None) -> bool:
-        """Whether it is a part of the module; also where there was none, or it has gone."""
-        earlier = None if root is None else root()
-        if earlier is None:
-            return True
-        if earlier is self._module or self._module is None:
-            return False
-        if self._parts is None:
-            self._parts = set(map(id, self._module.modules()))
-        return id(earlier) in self._parts
 
 
 def _looked_at(slot: Slot, tensor: torch.Tensor) -> Slot:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.graphs import reasons
 from support.oracle import sample_oracle
-from support.small_models import OneLayer
+from support.small_models import BrokenNet, OneLayer
 from support.torch_version import TORCH
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -276,25 +276,14 @@ def test_entries_of_dead_models_are_freed():
     assert backend.state_dict()["weights"] == []
 
 
-class BrokenInTwo(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
-
-    def forward(self, x):
-        x = self.first(x)
-        torch._dynamo.graph_break()
-        return self.second(x)
-
-
 @pytest.mark.parametrize("bits", [None, gws_compile.LearnedBits(average=5.0)], ids=["fixed", "learned"])
 def test_weights_are_freed_behind_a_graph_break(bits):
     """torch never lets go of what a backend has returned for such a model."""
-    model, backend = BrokenInTwo(), gws_compile.backend(bits=bits, inner="aot_eager")
+    model, backend = BrokenNet(), gws_compile.backend(bits=bits, inner="aot_eager")
     compiled = torch.compile(model, backend=backend)
-    compiled(torch.randn(2, 8)).sum().backward()
+    compiled(torch.randn(2, 40)).sum().backward()
     assert len(backend.report().rewritten) == 2
-    weights = [weakref.ref(model.first.weight), weakref.ref(model.second.weight)]
+    weights = [weakref.ref(model.up.weight), weakref.ref(model.down.weight)]
     del model, compiled, backend
     torch._dynamo.reset()
     gc.collect()

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from support.small_models import OneLayer
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
@@ -184,6 +185,17 @@ def test_weights_that_end_alike_are_told_apart():
     assert [r.name for r in backend.report()] == ["base.weight", "middle.weight"]
 
 
+class Blocks(nn.Module):
+    """Two layers without a bias, each of which can be compiled by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([OneLayer(12, 12, bias=False) for _ in range(2)])
+
+    def forward(self, x):
+        return self.blocks[1](self.blocks[0](x))
+
+
 def _looks_at_the_report(model, backend, x):
     assert [record.name for record in backend.report()] == ["fc.weight", "fc.weight#1"]
 
@@ -209,23 +221,6 @@ def _prepares_a_block(model, backend, x):
 )
 def test_names_are_those_of_the_model_whatever_comes_before_the_first_draw(before, by):
     """A block that is compiled by itself is outermost as long as the model around it has not been called."""
-
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc = nn.Linear(12, 12, bias=False)
-
-        def forward(self, x):
-            return self.fc(x)
-
-    class Blocks(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = nn.ModuleList([Block(), Block()])
-
-        def forward(self, x):
-            return self.blocks[1](self.blocks[0](x))
-
     model, x, backend = Blocks(), torch.eye(12), gws_compile.backend(FMT, inner="eager")
     first, second = (gws_compile.sample(b.fc.weight.detach(), FMT, name=f"blocks.{i}.fc.weight")
                      for i, b in enumerate(model.blocks))  # fmt: skip
@@ -245,25 +240,8 @@ def test_names_are_those_of_the_model_whatever_comes_before_the_first_draw(befor
 @pytest.mark.parametrize("before", ["a report", "evaluations of the blocks"])
 def test_a_weight_that_blocks_share_is_one_whatever_comes_before_the_first_draw(before):
     """No block by itself shows the tie."""
-
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc = nn.Linear(12, 12, bias=False)
-
-        def forward(self, x):
-            return self.fc(x)
-
-    class Blocks(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = nn.ModuleList([Block(), Block()])
-            self.blocks[1].fc.weight = self.blocks[0].fc.weight
-
-        def forward(self, x):
-            return self.blocks[1](self.blocks[0](x))
-
     model, x, backend = Blocks(), torch.eye(12), gws_compile.backend(FMT, inner="eager")
+    model.blocks[1].fc.weight = model.blocks[0].fc.weight
     sample = gws_compile.sample(model.blocks[0].fc.weight.detach(), FMT, name="blocks.0.fc.weight")
     for block in model.blocks:
         block.compile(backend=backend)

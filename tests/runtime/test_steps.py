@@ -5,22 +5,13 @@ import warnings
 import pytest
 import torch
 from support import eager
-from support.small_models import Net, traces_own_modules
+from support.small_models import BrokenNet, Net, traces_own_modules
 from torch import nn
 
 import gws_compile
 from gws_compile.compiler.diagnostics import MANY_FORWARDS, MANY_STEPS
 
 pytestmark = pytest.mark.usefixtures("reset")
-
-
-class Broken(Net):
-    """Two graphs for each forward."""
-
-    def forward(self, x):
-        y = self.up(x).relu()
-        torch._dynamo.graph_break()
-        return x + self.down(y)
 
 
 SAMPLED = ("up.weight", "down.weight")
@@ -42,7 +33,7 @@ def optimizers(model):
 
 
 @pytest.mark.parametrize("kind", ["foreach", "for loop", "fused", "two", "closure", "compiled"])
-@pytest.mark.parametrize("net", [Net, Broken])
+@pytest.mark.parametrize("net", [Net, BrokenNet])
 def test_optimizers_are_followed(kind, net):
     """Two micro-batches a step, without a graph break and with one: the losses of the eager oracle, bit for bit."""
     model, oracle = net(), Net()

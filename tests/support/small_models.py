@@ -39,6 +39,15 @@ class Net(nn.Module):
         return x + self.down(self.up(x).relu())
 
 
+class BrokenNet(Net):
+    """A `Net` of two graphs for each forward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.up(x).relu()
+        torch._dynamo.graph_break()
+        return x + self.down(y)
+
+
 class NetWithHead(Net):
     """A `Net`, and behind it a linear layer under the name that is given."""
 
